@@ -1,0 +1,70 @@
+"""What the programs stand on: the engine with the image in its mount, and the image's file system mounted on top."""
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrs import frozen
+
+READY_SECONDS = 30.0
+END_SECONDS = 20.0
+
+
+@frozen
+class Engine:
+    """A serving engine."""
+
+    pid: int
+    """Its process."""
+
+    socket: Path
+    """Where it listens."""
+
+    disk: Path
+    """The raw image as a file in its mount."""
+
+
+@contextmanager
+def engine(run_folder: Path, image: Path) -> Iterator[Engine]:
+    """Runs an engine that shows ``image`` until the end of the block, at five times the default rate."""
+    socket, mount = run_folder / "udedup.sock", run_folder / "images"
+    mount.mkdir()
+    command = [sys.executable, "-m", "udedup", "engine", "--socket", str(socket), "--mount", str(mount)]
+    command += ["--image", str(image), "--pages-to-scan", "5000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            if not select.select([process.stdout], [], [], READY_SECONDS)[0]:
+                raise RuntimeError(f"the engine is not ready after {READY_SECONDS:.0f} s")
+            if not process.stdout.readline().startswith("ready"):
+                raise RuntimeError("the engine did not start")
+            yield Engine(pid=process.pid, socket=socket, disk=mount / image.name)
+        finally:
+            process.terminate()
+            process.wait(END_SECONDS)
+
+
+@contextmanager
+def file_system(run_folder: Path, disk: Path) -> Iterator[Path]:
+    """Mounts the ext4 file system in ``disk``, read-only and in user space, until the end of the block."""
+    folder = run_folder / "files"
+    folder.mkdir()
+    # In the foreground (-f) its end can be waited for. fakeroot: the files' owners are not this system's.
+    command = ["fuse2fs", "-f", "-o", "ro,fakeroot", str(disk), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + READY_SECONDS
+        while not os.path.ismount(folder):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise RuntimeError(f"fuse2fs did not mount {disk}")
+            time.sleep(0.02)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["fusermount3", "-u", str(folder)], check=True)
+            process.wait(END_SECONDS)

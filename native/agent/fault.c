@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: MIT
+#include "fault.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+
+#include "../common/uffd.h"
+#include "agent.h"
+#include "merged.h"
+#include "sys.h"
+#include "transaction.h"
+#include "userfault.h"
+
+enum {
+	BATCH = 16,                 // events read at a time
+	ASIDE_MAX = 256,            // faults put aside; a blocked thread has one at most
+	WIDEN_FACTOR = 4,           // a sequential writer's next break, in multiples of its last
+	WIDEN_FIRST = 8,            // pages of its second break
+	DISSOLVE_NS = 2000000,      // one lone page may dissolve every so often
+	DISSOLVES_MAX = 64,         // that many at once
+	EXCLUSIVE_NS = 200000,      // how long to wait for the lock before serving faults with a shared one
+};
+
+// A fault was served and its threads are awake; distinct from 0 and every errno.
+static const int SERVED = 1;
+
+// Descriptors in the agent's table.
+static int epoll_fd = -1;
+static int pagemap_fd = -1;
+
+// Addresses of faults that could not be served while the kernel was waiting for an event to be read. Used by whoever
+// reads the userfaultfd, hence under the map lock.
+static uint64_t aside[ASIDE_MAX];
+static unsigned aside_count;
+
+int udd_fault_pagemap(void)
+{
+	return pagemap_fd;
+}
+
+int udd_fault_prepare(void)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.fd = udd_uffd()};
+	long fd = udd_sys(SYS_epoll_create1, EPOLL_CLOEXEC);
+
+	if (udd_failed(fd))
+		return (int)fd;
+	epoll_fd = (int)fd;
+	fd = udd_sys(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (udd_failed(fd))
+		return (int)fd;
+	pagemap_fd = (int)fd;
+	return (int)udd_sys(SYS_epoll_ctl, epoll_fd, EPOLL_CTL_ADD, event.data.fd, &event);
+}
+
+int udd_fault_watch(int socket)
+{
+	// Edge triggered: the worker empties the socket, nothing needs arming again. Closing it ends the watch.
+	struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.fd = socket};
+
+	return (int)udd_sys(SYS_epoll_ctl, epoll_fd, EPOLL_CTL_ADD, socket, &event);
+}
+
+static struct udd_span page_at(uint64_t address)
+{
+	return (struct udd_span){udd_page_down(address), udd_page_down(address) + UDD_PAGE_SIZE};
+}
+
+static void put_aside(uint64_t address)
+{
+	if (aside_count < ASIDE_MAX)
+		aside[aside_count++] = address;
+	else
+		udd_uffd_wake(page_at(address));
+}
+
+void udd_fault_release(void)
+{
+	while (aside_count)
+		udd_uffd_wake(page_at(aside[--aside_count]));
+}
+
+// How far to break from `page` on: a writer that goes on where it broke last gets more each time.
+static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
+{
+	struct udd_live *live = udd_live();
+	uint64_t pages = 1;
+	unsigned stream;
+	struct udd_span span;
+
+	for (stream = 0; stream < sizeof(live->breaking) / sizeof(live->breaking[0]); stream++) {
+		if (live->breaking[stream].next == page) {
+			pages = udd_max(WIDEN_FIRST, live->breaking[stream].pages * WIDEN_FACTOR);
+			break;
+		}
+	}
+	if (pages == 1)
+		stream = live->breaking_next++ % (sizeof(live->breaking) / sizeof(live->breaking[0]));
+	pages = udd_min(pages, UDD_STAGING_PAGES);
+	span = udd_span_clip((struct udd_span){page, page + udd_bytes(pages)}, udd_run_span(run));
+	live->breaking[stream].next = span.end;
+	live->breaking[stream].pages = pages;
+	return span;
+}
+
+static void count_break(struct udd_span span)
+{
+	struct udd_stats *stats = udd_live()->stats;
+
+	__atomic_add_fetch(&stats->break_events, 1, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&stats->break_pages, udd_pages(span.end - span.start), __ATOMIC_RELAXED);
+	udd_test_count(UDD_TEST_BROKEN, udd_pages(span.end - span.start));
+	udd_hold_off(span);
+}
+
+// Breaks one page where it is: the kernel copies it as soon as protection is lifted. Without the exclusive lock, the table
+// hears of it later.
+static int break_in_place(uint64_t page, bool exclusive)
+{
+	struct udd_live *live = udd_live();
+	struct udd_span span = page_at(page);
+	int ret;
+
+	if (!exclusive && live->pending_count == sizeof(live->pending) / sizeof(live->pending[0]))
+		return -EAGAIN;
+	ret = udd_uffd_protect(span, false);
+	if (ret)
+		return ret;
+	count_break(span);
+	if (exclusive)
+		udd_broke_in_place(span);
+	else
+		live->pending[live->pending_count++] = page;
+	return SERVED;
+}
+
+// May this break dissolve its pages? Breaking in place takes half the time, but such a page can never be merged again:
+// nothing tells whether a device has pinned it. So every break dissolves, up to a rate that costs a process less than one
+// percent of a CPU; in a storm of lone writes the rest break in place.
+static bool may_dissolve(struct udd_span span)
+{
+	struct udd_live *live = udd_live();
+	uint64_t now;
+
+	// Several pages share the cost.
+	if (udd_pages(span.end - span.start) > 1)
+		return true;
+	now = udd_now();
+	if (now - live->dissolves_at > DISSOLVE_NS) {
+		live->dissolves = udd_min(DISSOLVES_MAX, live->dissolves + (now - live->dissolves_at) / DISSOLVE_NS);
+		live->dissolves_at = now;
+	}
+	if (!live->dissolves)
+		return false;
+	live->dissolves--;
+	return true;
+}
+
+// A write to a merged page. With the lock held exclusively the page leaves the store's mapping.
+static int serve_write(uint64_t page, bool exclusive)
+{
+	const struct udd_run_entry *run = udd_runs_find(&udd_agent.runs, page);
+	struct udd_span span;
+
+	if (run->broken)
+		return udd_uffd_protect(page_at(page), false);
+	if (exclusive && run->armed && !(run->attributes & UDD_ATTRIBUTE_LOCKED)) {
+		span = widen(run, page);
+		if (may_dissolve(span) && !udd_dissolve(span, UDD_DROP_BREAK)) {
+			count_break(span);
+			udd_uffd_wake(span);
+			return SERVED;
+		}
+	}
+	// Locked, no mapping left to split into, or too many of them.
+	return break_in_place(page, exclusive);
+}
+
+static int serve_minor(uint64_t page)
+{
+	bool found;
+
+	return udd_uffd_continue(page_at(page), &found);
+}
+
+static void serve_fault(const struct uffd_msg *message, bool exclusive)
+{
+	uint64_t page = udd_page_down(message->arg.pagefault.address);
+	uint64_t flags = message->arg.pagefault.flags;
+	int ret = 0;
+
+	if (udd_merged_in(page_at(page))) {
+		if (flags & UFFD_PAGEFAULT_FLAG_WP)
+			ret = serve_write(page, exclusive);
+		else if (flags & UFFD_PAGEFAULT_FLAG_MINOR)
+			ret = serve_minor(page);
+	}
+	// mlockall() populates our staging area too. It has to go on; the area is renewed before it is used again.
+	if (udd_staging_holds(page))
+		ret = udd_staging_populate(page);
+	// Everything else was frozen a moment ago and is back, or is no longer merged. Whoever waits tries again.
+	if (ret == -EAGAIN)
+		put_aside(page);
+	else if (ret != SERVED)
+		udd_uffd_wake(page_at(page));
+}
+
+static const char DISCARDED[] = "memory was discarded by a raw system call";
+
+// Memory was, or is about to be, dropped by a raw system call. The kernel goes on with it once we have read the event, at a
+// time we can't know: from now on a transaction might bring back what it drops. So there are no more of them.
+static void serve_removal(struct udd_span span)
+{
+	__atomic_add_fetch(&udd_live()->stats->foreign_events, 1, __ATOMIC_RELAXED);
+	udd_test_count(UDD_TEST_FOREIGN, 1);
+	udd_stop_merging(DISCARDED);
+	if (udd_merged_in(span)) {
+		udd_discard(span);
+		udd_uffd_wake(span);
+	}
+}
+
+// Removals read without the lock held exclusively. Those who made them wait for nothing any more, but no transaction starts.
+static struct udd_span deferred[BATCH];
+static unsigned deferred_count;
+
+static void defer_removal(struct udd_span span)
+{
+	udd_stop_merging(DISCARDED);
+	if (deferred_count < BATCH) {
+		deferred[deferred_count++] = span;
+	} else {
+		deferred[0].start = udd_min(deferred[0].start, span.start);
+		deferred[0].end = udd_max(deferred[0].end, span.end);
+	}
+}
+
+static void serve_deferred(void)
+{
+	while (deferred_count)
+		serve_removal(deferred[--deferred_count]);
+}
+
+// Reads up to BATCH events. Returns how many.
+static unsigned read_events(struct uffd_msg *messages)
+{
+	long got;
+
+	do
+		got = udd_sys(SYS_read, udd_uffd(), messages, BATCH * sizeof(*messages));
+	while (got == -EINTR);
+	return udd_failed(got) ? 0 : (unsigned)((unsigned long)got / sizeof(*messages));
+}
+
+struct udd_span udd_fault_drain(void)
+{
+	struct uffd_msg messages[BATCH];
+	struct udd_span removed = {0};
+	unsigned count;
+
+	while ((count = read_events(messages))) {
+		for (unsigned i = 0; i < count; i++) {
+			if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
+				put_aside(messages[i].arg.pagefault.address);
+			} else if (messages[i].event == UFFD_EVENT_REMOVE) {
+				struct udd_span span = {messages[i].arg.remove.start, messages[i].arg.remove.end};
+
+				serve_removal(span);
+				removed = udd_span_empty(removed)
+						  ? span
+						  : (struct udd_span){udd_min(removed.start, span.start),
+								      udd_max(removed.end, span.end)};
+			}
+		}
+	}
+	return removed;
+}
+
+// An application thread holds the lock exclusively, in a hook, and ran into a merged page itself: its stack, say. It can't
+// wait for us while we wait for it. No transaction is under way, so its faults are served in place; everything else waits
+// until the lock is free.
+static void serve_owner(void)
+{
+	int32_t owner = __atomic_load_n(&udd_live()->lock.owner, __ATOMIC_ACQUIRE);
+	struct uffd_msg messages[BATCH];
+	unsigned count = owner ? read_events(messages) : 0;
+
+	for (unsigned i = 0; i < count; i++) {
+		uint64_t page = udd_page_down(messages[i].arg.pagefault.address);
+		int ret = -EAGAIN;
+
+		if (messages[i].event == UFFD_EVENT_REMOVE) {
+			defer_removal((struct udd_span){messages[i].arg.remove.start, messages[i].arg.remove.end});
+			continue;
+		}
+		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+			continue;
+		if ((int32_t)messages[i].arg.pagefault.feat.ptid == owner) {
+			if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
+				ret = break_in_place(page, false);
+			else if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR)
+				ret = serve_minor(page);
+		}
+		if (ret == -EAGAIN)
+			put_aside(page);
+		else if (ret != SERVED)
+			udd_uffd_wake(page_at(page));
+	}
+}
+
+// Events are read under the map lock, so that none is overtaken by a transaction. Held exclusively wherever that is to be
+// had in time; an application thread that holds it shared may be waiting for us.
+static void serve_all(void)
+{
+	struct udd_live *live = udd_live();
+	struct uffd_msg messages[BATCH];
+	bool exclusive;
+	unsigned count;
+
+	while (!(exclusive = udd_lock_exclusive_timed(&live->lock, EXCLUSIVE_NS)) && !udd_trylock_shared_urgent(&live->lock))
+		serve_owner();
+	if (exclusive) {
+		udd_settle_breaks();
+		serve_deferred();
+	}
+	do {
+		count = read_events(messages);
+		for (unsigned i = 0; i < count; i++) {
+			if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
+				serve_fault(&messages[i], exclusive);
+			} else if (messages[i].event == UFFD_EVENT_REMOVE) {
+				struct udd_span span = {messages[i].arg.remove.start, messages[i].arg.remove.end};
+
+				if (exclusive)
+					serve_removal(span);
+				else
+					defer_removal(span);
+			}
+		}
+		// What was put aside waits for an event that has not been read yet.
+	} while (count == BATCH || (count && aside_count));
+	if (!exclusive && deferred_count) {
+		udd_unlock_shared(&live->lock);
+		udd_lock_exclusive(&live->lock, 0);
+		exclusive = true;
+		udd_settle_breaks();
+		serve_deferred();
+	}
+	udd_fault_release();
+	if (exclusive)
+		udd_unlock_exclusive(&live->lock);
+	else
+		udd_unlock_shared(&live->lock);
+}
+
+void udd_fault_thread(void *argument)
+{
+	struct epoll_event events[4];
+
+	(void)argument;
+	for (;;) {
+		long count = udd_sys(SYS_epoll_pwait, epoll_fd, events, 4, -1, NULL, 0);
+
+		for (long i = 0; i < count; i++) {
+			if (events[i].data.fd == udd_uffd())
+				serve_all();
+			else
+				udd_ring(UDD_BELL_SOCKET);
+		}
+	}
+}

@@ -1,0 +1,952 @@
+// SPDX-License-Identifier: MIT
+//
+// Hooks run on the application's threads. Those that change mappings hold the map lock: shared while nothing merged is
+// concerned, exclusively where the table of runs has to change with the mapping. They know the agent's descriptors only by
+// name (the agent's threads have a table of their own), so they never talk to userfaultfd; a thread that waits in a write
+// fault is woken by the fault thread, which takes the lock too and then finds the run gone.
+//
+// Calls that may wait for a write fault (populating, locking) are done without the lock. What a hook itself touches while it
+// holds the lock, its stack above all, may be merged too: the fault thread serves the lock's owner out of turn (fault.c).
+
+#include "hooks.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/shm.h>
+#include <sys/single_threaded.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "../common/uffd.h"
+#include "agent.h"
+#include "merged.h"
+#include "patch.h"
+#include "remap.h"
+#include "rings.h"
+#include "sys.h"
+
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
+
+// One past the highest address that a program can map (x86-64, four-level page tables: a kernel with five gives more only
+// to those who ask).
+static const uint64_t ADDRESS_SPACE = 1UL << 47;
+
+extern void *__curbrk; // libc's idea of the program break
+
+// ---- the lock, on application threads ----
+
+// How many hooks this thread is in: more than one when a signal handler interrupted a hook.
+static __thread unsigned depth;
+
+static struct udd_live *live_here(void)
+{
+	struct udd_live *live = udd_live();
+
+	// A child of a fork that no hook saw.
+	if (!__atomic_load_n(&live->started, __ATOMIC_ACQUIRE)) {
+		depth = 0;
+		udd_agent_forked();
+	}
+	return live;
+}
+
+static void enter(void)
+{
+	struct udd_live *live = live_here();
+
+	// Nested, it must pass a waiting writer, who waits for the hook below.
+	if (depth++ == 0) {
+		if (udd_lock_shared(&live->lock))
+			udd_test_count(UDD_TEST_COLLIDED, 1);
+	} else {
+		udd_lock_shared_urgent(&live->lock);
+	}
+}
+
+static void leave(void)
+{
+	udd_unlock_shared(&udd_live()->lock);
+	depth--;
+}
+
+// From shared to exclusive. Not atomic: look at the table again. Signals wait, or their handlers' hooks would wait for us.
+// A handler that interrupted a hook gives up that hook's hold too, for as long as it takes.
+static void enter_exclusive(uint64_t *mask)
+{
+	struct udd_live *live = udd_live();
+	uint64_t all = ~0UL;
+
+	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, mask, sizeof(all));
+	for (unsigned held = 0; held < depth; held++)
+		udd_unlock_shared(&live->lock);
+	if (udd_lock_exclusive(&live->lock, (int32_t)udd_sys(SYS_gettid)))
+		udd_test_count(UDD_TEST_COLLIDED, 1);
+	udd_settle_breaks();
+}
+
+static void leave_exclusive(const uint64_t *mask)
+{
+	udd_unlock_exclusive(&udd_live()->lock);
+	for (unsigned held = 1; held < depth; held++)
+		udd_lock_shared_urgent(&udd_live()->lock);
+	depth--;
+	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, mask, NULL, sizeof(*mask));
+}
+
+static void note_change(struct udd_span span, enum udd_stale_kind kind)
+{
+	struct udd_live *live = udd_live();
+	uint32_t i = __atomic_fetch_add(&live->stale_count, 1, __ATOMIC_RELAXED);
+
+	if (i < UDD_STALE_SLOTS)
+		live->stale[i] = (struct udd_stale){span.start, span.end, kind};
+	else
+		__atomic_store_n(&live->stale_count, UDD_STALE_SLOTS + 1, __ATOMIC_RELAXED);
+}
+
+// The layout has to be read again some time. Mostly it is known already, and costs a read.
+static void note_mapped(void)
+{
+	struct udd_live *live = udd_live();
+
+	if (!__atomic_load_n(&live->mapped, __ATOMIC_RELAXED))
+		__atomic_store_n(&live->mapped, 1, __ATOMIC_RELAXED);
+}
+
+static struct udd_span span_of(const void *address, size_t length)
+{
+	uint64_t start = udd_page_down((uint64_t)(uintptr_t)address);
+	uint64_t end = (uint64_t)(uintptr_t)address + length;
+
+	return (struct udd_span){start, end < start ? UINT64_MAX - UDD_PAGE_SIZE + 1 : udd_page_up(end)};
+}
+
+// A range that the kernel would look at, rather than refuse at once.
+static bool sound(const void *address, size_t length)
+{
+	uint64_t start = (uint64_t)(uintptr_t)address;
+
+	return length && length < ADDRESS_SPACE && start < ADDRESS_SPACE - length;
+}
+
+static long as_errno(long ret)
+{
+	if (!udd_failed(ret))
+		return ret;
+	errno = (int)-ret;
+	return -1;
+}
+
+// ---- mappings ----
+
+// A call that unmaps `span`, or maps over it.
+static long replace_mapping(struct udd_span span, long (*call)(const long *), const long *arguments)
+{
+	uint64_t mask;
+	long ret;
+
+	enter();
+	if (!udd_merged_in(span)) {
+		ret = call(arguments);
+		note_change(span, UDD_STALE_CHANGED);
+		leave();
+		return ret;
+	}
+	enter_exclusive(&mask);
+	ret = call(arguments);
+	if (!udd_failed(ret)) {
+		udd_test_count(UDD_TEST_UNMAPPED, 1);
+		udd_forget(span);
+	}
+	note_change(span, UDD_STALE_CHANGED);
+	leave_exclusive(&mask);
+	return ret;
+}
+
+static long call_munmap(const long *arguments)
+{
+	return udd_sys(SYS_munmap, arguments[0], arguments[1]);
+}
+
+static int hook_munmap(void *address, size_t length)
+{
+	const long arguments[] = {(long)address, (long)length};
+
+	return (int)as_errno(replace_mapping(span_of(address, length), call_munmap, arguments));
+}
+
+static long call_mmap(const long *arguments)
+{
+	return udd_syscall6(SYS_mmap, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
+}
+
+static void *hook_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+{
+	long arguments[] = {(long)address, (long)length, protection, flags, fd, offset};
+	bool replaces = (flags & MAP_FIXED) && !(flags & MAP_FIXED_NOREPLACE);
+	long ret;
+
+	if (replaces) {
+		// Reading a file in may take long: without the lock.
+		arguments[3] &= ~MAP_POPULATE;
+		ret = replace_mapping(span_of(address, length), call_mmap, arguments);
+		if ((flags & MAP_POPULATE) && !udd_failed(ret))
+			udd_sys(SYS_madvise, ret, udd_page_up(length),
+				protection & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+	} else {
+		// In free addresses there is nothing that a transaction could be about.
+		ret = call_mmap(arguments);
+		note_mapped();
+	}
+	if ((flags & MAP_STACK) && !udd_failed(ret)) {
+		enter();
+		note_change(span_of((void *)ret, length), UDD_STALE_STACK);
+		leave();
+	}
+	return (void *)as_errno(ret);
+}
+
+static long call_shmat(const long *arguments)
+{
+	return udd_sys(SYS_shmat, arguments[0], arguments[1], arguments[2]);
+}
+
+static void *hook_shmat(int id, const void *address, int flags)
+{
+	const long arguments[] = {id, (long)address, flags};
+	struct shmid_ds info;
+
+	// Shared memory is no candidate; but attaching it over something replaces that.
+	if ((flags & SHM_REMAP) && udd_sys(SYS_shmctl, id, IPC_STAT, &info) == 0)
+		return (void *)as_errno(replace_mapping(span_of(address, info.shm_segsz), call_shmat, arguments));
+	return (void *)as_errno(call_shmat(arguments));
+}
+
+// ---- protection, advice, locking ----
+
+static void update_runs(struct udd_span span, void (*change)(struct udd_run_entry *, uint32_t), uint32_t value)
+{
+	struct udd_runs *runs = &udd_agent.runs;
+
+	udd_runs_split(runs, span);
+	for (struct udd_run_entry *run = udd_runs_first(runs, span); run; run = udd_runs_next_in(run, span))
+		change(run, value);
+}
+
+static void set_protection(struct udd_run_entry *run, uint32_t protection)
+{
+	run->protection = (uint8_t)protection;
+}
+
+static void add_attribute(struct udd_run_entry *run, uint32_t attribute)
+{
+	run->attributes |= (uint8_t)attribute;
+}
+
+static void remove_attribute(struct udd_run_entry *run, uint32_t attribute)
+{
+	run->attributes &= (uint8_t)~attribute;
+}
+
+// Makes what is merged in `span` private; the lock is held exclusively.
+static void dissolve_all(struct udd_span span)
+{
+	struct udd_runs *runs = &udd_agent.runs;
+
+	for (uint64_t at = span.start; udd_merged_in((struct udd_span){at, span.end});) {
+		const struct udd_run_entry *run = udd_runs_find(runs, at);
+		struct udd_span piece = udd_span_clip(udd_run_span(run), (struct udd_span){at, span.end});
+
+		at = piece.end;
+		// One that can't be had stays merged, which is right too, only not what was hoped for.
+		udd_dissolve(piece, 0);
+	}
+}
+
+// Piece by piece, as far as it goes: the table must know how far that was.
+static long protect_pieces(long number, struct udd_span span, const long *arguments)
+{
+	struct udd_runs *runs = &udd_agent.runs;
+	long ret = 0;
+
+	udd_runs_split(runs, span);
+	for (uint64_t at = span.start; at < span.end && !udd_failed(ret);) {
+		struct udd_run_entry *run = udd_runs_first(runs, (struct udd_span){at, span.end});
+		struct udd_span piece = {at, run ? run->address : span.end};
+
+		if (udd_span_empty(piece))
+			piece = udd_run_span(run);
+		ret = udd_sys(number, piece.start, piece.end - piece.start, arguments[2], arguments[3]);
+		if (!udd_failed(ret))
+			update_runs(piece, set_protection, (uint32_t)arguments[2] & (PROT_READ | PROT_WRITE | PROT_EXEC));
+		at = piece.end;
+	}
+	return ret;
+}
+
+static long change_protection(long number, struct udd_span span, const long *arguments)
+{
+	const void *address = udd_pointer((uint64_t)arguments[0]);
+	long protection = arguments[2];
+	uint64_t mask;
+	long ret;
+
+	if (arguments[0] % UDD_PAGE_SIZE || !sound(address, (size_t)arguments[1]))
+		return udd_sys(number, arguments[0], arguments[1], protection, arguments[3]);
+	enter();
+	if (!udd_merged_in(span)) {
+		ret = udd_sys(number, arguments[0], arguments[1], protection, arguments[3]);
+		note_change(span, UDD_STALE_CHANGED);
+		leave();
+		return ret;
+	}
+	enter_exclusive(&mask);
+	// A mapping of the store must not become executable, nor protected by a key it would lose again.
+	if ((protection & PROT_EXEC) || number == SYS_pkey_mprotect)
+		dissolve_all(span);
+	ret = protect_pieces(number, span, arguments);
+	note_change(span, UDD_STALE_CHANGED);
+	leave_exclusive(&mask);
+	return ret;
+}
+
+static int hook_mprotect(void *address, size_t length, int protection)
+{
+	const long arguments[] = {(long)address, (long)length, protection, 0};
+
+	return (int)as_errno(change_protection(SYS_mprotect, span_of(address, length), arguments));
+}
+
+static int hook_pkey_mprotect(void *address, size_t length, int protection, int key)
+{
+	const long arguments[] = {(long)address, (long)length, protection, key};
+
+	return (int)as_errno(change_protection(SYS_pkey_mprotect, span_of(address, length), arguments));
+}
+
+// The application's advice for the memory between merged runs. The kernel goes on behind a hole, and says so in the end.
+static long advise_gap(struct udd_span gap, int advice, bool *hole)
+{
+	long ret = udd_span_empty(gap) ? 0 : udd_sys(SYS_madvise, gap.start, gap.end - gap.start, advice);
+
+	*hole |= ret == -ENOMEM;
+	return ret == -ENOMEM ? 0 : ret;
+}
+
+// Drops the contents of `span`: merged pages become fresh memory, the gaps between them get the application's advice.
+static long discard(struct udd_span span, int advice)
+{
+	struct udd_runs *runs = &udd_agent.runs;
+	uint64_t at = span.start;
+	bool hole = false;
+	long ret = 0;
+
+	udd_runs_split(runs, span);
+	for (const struct udd_run_entry *run = udd_runs_first(runs, span); run && !udd_failed(ret); run = udd_runs_next_in(run, span)) {
+		struct udd_span merged = udd_run_span(run);
+
+		ret = advise_gap((struct udd_span){at, merged.start}, advice, &hole);
+		if (!udd_failed(ret) && (run->attributes & UDD_ATTRIBUTE_LOCKED) && advice != MADV_DONTNEED_LOCKED)
+			ret = -EINVAL;
+		if (udd_failed(ret))
+			break;
+		at = merged.start;
+		ret = udd_map_like(run, merged);
+		if (!udd_failed(ret))
+			at = merged.end;
+		if (!udd_failed(ret) && advice == MADV_GUARD_INSTALL)
+			ret = udd_sys(SYS_madvise, merged.start, merged.end - merged.start, advice);
+	}
+	if (!udd_failed(ret))
+		ret = advise_gap((struct udd_span){at, span.end}, advice, &hole);
+	// All at once, and no more than was replaced.
+	udd_test_count(UDD_TEST_DISCARDED, udd_runs_pages(runs, (struct udd_span){span.start, at}));
+	udd_forget((struct udd_span){span.start, at});
+	return !udd_failed(ret) && hole ? -ENOMEM : ret;
+}
+
+// What an advice does to memory, as far as merging is concerned.
+enum advice_kind {
+	ADVICE_HARMLESS,  // no lock
+	ADVICE_DISCARD,   // the contents go
+	ADVICE_ATTRIBUTE, // sets or clears an attribute
+	ADVICE_PRIVATE,   // only anonymous memory can have it
+};
+
+static enum advice_kind advice_kind(int advice, uint32_t *attribute, bool *sets)
+{
+	static const struct {
+		int advice;
+		enum advice_kind kind;
+		uint32_t attribute;
+		bool sets;
+	} table[] = {
+		{MADV_DONTNEED, ADVICE_DISCARD, 0, false},
+		{MADV_FREE, ADVICE_DISCARD, 0, false},
+		{MADV_DONTNEED_LOCKED, ADVICE_DISCARD, 0, false},
+		{MADV_GUARD_INSTALL, ADVICE_DISCARD, 0, false},
+		{MADV_DONTFORK, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_DONTFORK, true},
+		{MADV_DOFORK, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_DONTFORK, false},
+		{MADV_DONTDUMP, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_DONTDUMP, true},
+		{MADV_DODUMP, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_DONTDUMP, false},
+		{MADV_MERGEABLE, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_MERGEABLE, true},
+		{MADV_UNMERGEABLE, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_MERGEABLE, false},
+		{MADV_HUGEPAGE, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_HUGEPAGE, true},
+		{MADV_NOHUGEPAGE, ADVICE_ATTRIBUTE, UDD_ATTRIBUTE_NOHUGEPAGE, true},
+		{MADV_WIPEONFORK, ADVICE_PRIVATE, 0, true},
+		{MADV_REMOVE, ADVICE_PRIVATE, 0, true},
+	};
+
+	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
+		if (table[i].advice != advice)
+			continue;
+		*attribute = table[i].attribute;
+		*sets = table[i].sets;
+		return table[i].kind;
+	}
+	return ADVICE_HARMLESS;
+}
+
+static int hook_madvise(void *address, size_t length, int advice)
+{
+	struct udd_span span = span_of(address, length);
+	uint32_t attribute;
+	bool sets;
+	enum advice_kind kind = advice_kind(advice, &attribute, &sets);
+	uint64_t mask;
+	long ret;
+
+	if (kind == ADVICE_HARMLESS || (uintptr_t)address % UDD_PAGE_SIZE || !sound(address, length))
+		return (int)as_errno(udd_sys(SYS_madvise, address, length, advice));
+	enter();
+	if (!udd_merged_in(span)) {
+		ret = udd_sys(SYS_madvise, address, length, advice);
+		if (kind != ADVICE_DISCARD)
+			note_change(span, UDD_STALE_CHANGED);
+		leave();
+		return (int)as_errno(ret);
+	}
+	enter_exclusive(&mask);
+	if (kind == ADVICE_DISCARD) {
+		ret = discard(span, advice);
+	} else {
+		if (kind == ADVICE_PRIVATE)
+			dissolve_all(span);
+		ret = udd_sys(SYS_madvise, address, length, advice);
+		// Holes don't keep the kernel from what lies behind them.
+		if ((!udd_failed(ret) || ret == -ENOMEM) && attribute)
+			update_runs(span, sets ? add_attribute : remove_attribute, attribute);
+		note_change(span, UDD_STALE_CHANGED);
+	}
+	leave_exclusive(&mask);
+	return (int)as_errno(ret);
+}
+
+static const struct udd_span WHOLE_MEMORY = {0, UINT64_MAX - UDD_PAGE_SIZE + 1};
+
+// Merged pages in locked memory break in place, because a new mapping would not be locked.
+static void change_locking(struct udd_span span, void (*change)(struct udd_run_entry *, uint32_t))
+{
+	uint64_t mask;
+
+	enter();
+	note_change(span, UDD_STALE_CHANGED);
+	if (!udd_merged_in(span)) {
+		leave();
+		return;
+	}
+	enter_exclusive(&mask);
+	update_runs(span, change, UDD_ATTRIBUTE_LOCKED);
+	leave_exclusive(&mask);
+}
+
+static int hook_mlock(const void *address, size_t length)
+{
+	change_locking(span_of(address, length), add_attribute);
+	return (int)as_errno(udd_sys(SYS_mlock, address, length));
+}
+
+static int hook_mlock2(const void *address, size_t length, unsigned flags)
+{
+	change_locking(span_of(address, length), add_attribute);
+	return (int)as_errno(udd_sys(SYS_mlock2, address, length, flags));
+}
+
+static int hook_mlockall(int flags)
+{
+	change_locking(WHOLE_MEMORY, add_attribute);
+	return (int)as_errno(udd_sys(SYS_mlockall, flags));
+}
+
+static int hook_munlock(const void *address, size_t length)
+{
+	long ret = udd_sys(SYS_munlock, address, length);
+
+	change_locking(span_of(address, length), remove_attribute);
+	return (int)as_errno(ret);
+}
+
+static int hook_munlockall(void)
+{
+	long ret = udd_sys(SYS_munlockall);
+
+	change_locking(WHOLE_MEMORY, remove_attribute);
+	return (int)as_errno(ret);
+}
+
+static bool is_userfaultfd(int fd)
+{
+	static const char wanted[] = "anon_inode:[userfaultfd]";
+	char path[32] = "/proc/self/fd/";
+	char digits[12];
+	char target[sizeof(wanted)];
+	size_t count = 0;
+	size_t end = strlen(path);
+
+	if (fd < 0)
+		return false;
+	for (unsigned rest = (unsigned)fd; count == 0 || rest; rest /= 10)
+		digits[count++] = (char)('0' + rest % 10);
+	while (count)
+		path[end++] = digits[--count];
+	path[end] = '\0';
+	return udd_sys(SYS_readlink, path, target, sizeof(target)) == sizeof(wanted) - 1 &&
+	       memcmp(target, wanted, sizeof(wanted) - 1) == 0;
+}
+
+// The range that UFFDIO_REGISTER is about, from an argument that may point anywhere. False if the kernel will refuse it.
+static bool read_range(const void *argument, struct udd_span *ret)
+{
+	struct uffdio_range range;
+	struct iovec local = {.iov_base = &range, .iov_len = sizeof(range)};
+	struct iovec remote = {.iov_base = (void *)argument, .iov_len = sizeof(range)};
+
+	if (udd_sys(SYS_process_vm_readv, udd_sys(SYS_getpid), &local, 1, &remote, 1, 0) != (long)sizeof(range))
+		return false;
+	*ret = (struct udd_span){range.start, range.start + range.len};
+	return (range.start | range.len) % UDD_PAGE_SIZE == 0 && sound(udd_pointer(range.start), range.len);
+}
+
+// The application registers memory with a userfaultfd of its own: it must be plain memory, and none of ours any more.
+static int hook_ioctl(int fd, unsigned long request, void *argument)
+{
+	struct udd_span span;
+	uint64_t mask;
+	long ret;
+
+	if (request == UFFDIO_REGISTER && is_userfaultfd(fd) && read_range(argument, &span)) {
+		enter();
+		enter_exclusive(&mask);
+		dissolve_all(span);
+		note_change(span, UDD_STALE_CHANGED);
+		ret = udd_sys(SYS_ioctl, fd, request, argument);
+		leave_exclusive(&mask);
+		return (int)as_errno(ret);
+	}
+	return (int)as_errno(udd_sys(SYS_ioctl, fd, request, argument));
+}
+
+// ---- the heap ----
+
+static long call_brk(const long *arguments)
+{
+	return udd_sys(SYS_brk, arguments[0]);
+}
+
+static int hook_brk(void *address)
+{
+	const long arguments[] = {(long)address};
+	uint64_t now = (uint64_t)(uintptr_t)__curbrk;
+	long ret;
+
+	if (now && (uint64_t)(uintptr_t)address < now && address)
+		ret = replace_mapping((struct udd_span){udd_page_up((uint64_t)(uintptr_t)address), udd_page_up(now)}, call_brk,
+				      arguments);
+	else
+		ret = call_brk(arguments);
+	note_mapped();
+	__curbrk = (void *)ret;
+	return (void *)ret < address ? (int)as_errno(-ENOMEM) : 0;
+}
+
+// ---- mremap ----
+
+static void note_remap(struct udd_span from, long ret, size_t new_length)
+{
+	note_change(from, UDD_STALE_CHANGED);
+	if (!udd_failed(ret))
+		note_change(span_of((void *)ret, new_length), UDD_STALE_CHANGED);
+}
+
+static void *hook_mremap(void *address, size_t old_length, size_t new_length, int flags, ...)
+{
+	struct udd_span from = span_of(address, old_length);
+	struct udd_span to = {0, 0};
+	uint64_t wanted = 0;
+	bool odd = (uintptr_t)address % UDD_PAGE_SIZE || !sound(address, old_length) || !sound(address, new_length) ||
+		   (flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP)) ||
+		   ((flags & MREMAP_DONTUNMAP) && (!(flags & MREMAP_MAYMOVE) || old_length != new_length));
+	long arguments[] = {(long)address, (long)old_length, (long)new_length, flags, 0};
+	uint64_t mask;
+	long ret;
+
+	if (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)) {
+		va_list list;
+
+		va_start(list, flags);
+		wanted = (uint64_t)(uintptr_t)va_arg(list, void *);
+		va_end(list);
+		arguments[4] = (long)wanted;
+		if (flags & MREMAP_FIXED) {
+			to = span_of(udd_pointer(wanted), new_length);
+			odd |= wanted % UDD_PAGE_SIZE || !sound(udd_pointer(wanted), new_length) || udd_span_overlaps(from, to) || !(flags & MREMAP_MAYMOVE);
+		}
+	}
+	enter();
+	if (odd || !(udd_agent.dissolved || udd_merged_in(from) || udd_merged_in(to))) {
+		ret = udd_syscall6(SYS_mremap, arguments[0], arguments[1], arguments[2], flags, arguments[4], 0);
+		note_remap(from, ret, new_length);
+		leave();
+	} else {
+		enter_exclusive(&mask);
+		ret = udd_remap(from, to, arguments);
+		note_remap(from, ret, new_length);
+		leave_exclusive(&mask);
+	}
+	return (void *)as_errno(ret);
+}
+
+// ---- processes ----
+
+static pid_t (*original_fork)(void);
+static int (*original_clone)(int (*)(void *), void *, int, void *, void *, void *, void *);
+
+// No transaction is under way while the kernel copies the address space, or the child would miss what is frozen.
+static pid_t hook_fork(void)
+{
+	pid_t ret;
+
+	enter();
+	ret = original_fork();
+	if (ret == 0) {
+		depth = 0;
+		udd_agent_forked();
+	} else {
+		leave();
+	}
+	return ret;
+}
+
+// What the child of clone() without CLONE_VM is to do. It has a copy of its parent's stack, with this.
+struct clone_call {
+	int (*body)(void *);
+	void *argument;
+};
+
+static bool is_last_thread(void)
+{
+	enum { AGENT_THREADS = 2, LINKS_OF_EMPTY = 2 };
+	struct stat task;
+
+	return udd_sys(SYS_stat, "/proc/self/task", &task) == 0 && task.st_nlink <= LINKS_OF_EMPTY + AGENT_THREADS + 1;
+}
+
+static int clone_body(void *argument)
+{
+	const struct clone_call call = *(const struct clone_call *)argument;
+	int ret;
+
+	depth = 0;
+	udd_agent_forked();
+	ret = call.body(call.argument);
+	// libc ends only this thread now, and the agent's would keep the process.
+	if (is_last_thread())
+		udd_sys(SYS_exit_group, ret);
+	return ret;
+}
+
+static int hook_clone(int (*body)(void *), void *stack, int flags, void *argument, void *parent_tid, void *tls, void *child_tid)
+{
+	struct clone_call call = {.body = body, .argument = argument};
+	int ret;
+
+	if ((flags & CLONE_VM) || !body)
+		return original_clone(body, stack, flags, argument, parent_tid, tls, child_tid);
+	enter();
+	ret = original_clone(clone_body, stack, flags, &call, parent_tid, tls, child_tid);
+	leave();
+	return ret;
+}
+
+// ---- I/O: place hints ----
+
+enum udd_fd_kind {
+	FD_UNKNOWN = 0,
+	FD_FILE, // regular file or block device
+	FD_OTHER,
+};
+
+static void look_at(struct udd_fd *slot, int fd)
+{
+	struct stat status;
+	struct udd_live *live = udd_live();
+
+	slot->kind = FD_OTHER;
+	slot->on_mount = 0;
+	if (udd_sys(SYS_fstat, fd, &status) != 0 || !(S_ISREG(status.st_mode) || S_ISBLK(status.st_mode)))
+		return;
+	slot->kind = FD_FILE;
+	slot->on_mount = live->mount_dev && status.st_dev == live->mount_dev;
+	slot->inode = status.st_ino;
+}
+
+static void forget_fd(int fd)
+{
+	if (fd >= 0 && fd < UDD_FD_SLOTS)
+		udd_live()->fds[fd].kind = FD_UNKNOWN;
+}
+
+// What `fd` is. A descriptor may be reused behind our back; a wrong answer costs a useless hint or a missed one.
+static bool source_of(int fd, uint64_t offset, struct udd_source *ret)
+{
+	struct udd_fd own = {.kind = FD_UNKNOWN};
+	struct udd_fd *slot = fd >= 0 && fd < UDD_FD_SLOTS ? &udd_live()->fds[fd] : &own;
+
+	if (slot->kind == FD_UNKNOWN || ++slot->uses == 0)
+		look_at(slot, fd);
+	if (slot->kind != FD_FILE)
+		return false;
+	*ret = (struct udd_source){.inode = slot->inode, .offset = offset, .on_mount = slot->on_mount};
+	return true;
+}
+
+static bool wants_hints(long done)
+{
+	return done >= UDD_PAGE_SIZE && udd_live()->hints;
+}
+
+static void hint_buffer(int fd, const void *buffer, long done, uint64_t offset, uint32_t flags)
+{
+	struct udd_source source;
+
+	if (wants_hints(done) && source_of(fd, offset, &source))
+		udd_hint_push(buffer, (uint64_t)done, flags, &source);
+}
+
+static void hint_vector(int fd, const struct iovec *vector, int count, long done, uint64_t offset, uint32_t flags)
+{
+	struct udd_source source;
+
+	if (!wants_hints(done) || !source_of(fd, offset, &source))
+		return;
+	for (int i = 0; i < count && done > 0; i++) {
+		uint64_t bytes = udd_min(vector[i].iov_len, (uint64_t)done);
+
+		udd_hint_push(vector[i].iov_base, bytes, flags, &source);
+		done -= (long)bytes;
+		if (source.offset != UINT64_MAX)
+			source.offset += bytes;
+	}
+}
+
+// A cancellation point, as libc makes it one.
+static long cancellable(long number, long a, long b, long c, long d, long e, long f)
+{
+	long ret;
+	int type;
+
+	if (__libc_single_threaded) {
+		// It may still have cancelled itself.
+		pthread_testcancel();
+		return as_errno(udd_syscall6(number, a, b, c, d, e, f));
+	}
+	pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, &type);
+	ret = udd_syscall6(number, a, b, c, d, e, f);
+	pthread_setcanceltype(type, NULL);
+	return as_errno(ret);
+}
+
+static ssize_t hook_read(int fd, void *buffer, size_t bytes)
+{
+	long ret = cancellable(SYS_read, fd, (long)buffer, (long)bytes, 0, 0, 0);
+
+	hint_buffer(fd, buffer, ret, UINT64_MAX, 0);
+	return ret;
+}
+
+static ssize_t hook_write(int fd, const void *buffer, size_t bytes)
+{
+	long ret = cancellable(SYS_write, fd, (long)buffer, (long)bytes, 0, 0, 0);
+
+	hint_buffer(fd, buffer, ret, UINT64_MAX, UDD_HINT_WRITE);
+	return ret;
+}
+
+static ssize_t hook_pread(int fd, void *buffer, size_t bytes, off_t offset)
+{
+	long ret = cancellable(SYS_pread64, fd, (long)buffer, (long)bytes, offset, 0, 0);
+
+	hint_buffer(fd, buffer, ret, (uint64_t)offset, 0);
+	return ret;
+}
+
+static ssize_t hook_pwrite(int fd, const void *buffer, size_t bytes, off_t offset)
+{
+	long ret = cancellable(SYS_pwrite64, fd, (long)buffer, (long)bytes, offset, 0, 0);
+
+	hint_buffer(fd, buffer, ret, (uint64_t)offset, UDD_HINT_WRITE);
+	return ret;
+}
+
+static ssize_t hook_readv(int fd, const struct iovec *vector, int count)
+{
+	long ret = cancellable(SYS_readv, fd, (long)vector, count, 0, 0, 0);
+
+	hint_vector(fd, vector, count, ret, UINT64_MAX, 0);
+	return ret;
+}
+
+static ssize_t hook_writev(int fd, const struct iovec *vector, int count)
+{
+	long ret = cancellable(SYS_writev, fd, (long)vector, count, 0, 0, 0);
+
+	hint_vector(fd, vector, count, ret, UINT64_MAX, UDD_HINT_WRITE);
+	return ret;
+}
+
+static ssize_t hook_preadv(int fd, const struct iovec *vector, int count, off_t offset)
+{
+	long ret = cancellable(SYS_preadv, fd, (long)vector, count, offset, 0, 0);
+
+	hint_vector(fd, vector, count, ret, (uint64_t)offset, 0);
+	return ret;
+}
+
+static ssize_t hook_pwritev(int fd, const struct iovec *vector, int count, off_t offset)
+{
+	long ret = cancellable(SYS_pwritev, fd, (long)vector, count, offset, 0, 0);
+
+	hint_vector(fd, vector, count, ret, (uint64_t)offset, UDD_HINT_WRITE);
+	return ret;
+}
+
+static int hook_close(int fd)
+{
+	long ret;
+
+	forget_fd(fd);
+	ret = cancellable(SYS_close, fd, 0, 0, 0, 0, 0);
+	forget_fd(fd);
+	return (int)ret;
+}
+
+static int hook_dup2(int old, int new)
+{
+	long ret = udd_sys(SYS_dup2, old, new);
+
+	forget_fd(new);
+	return (int)as_errno(ret);
+}
+
+static int hook_dup3(int old, int new, int flags)
+{
+	long ret = udd_sys(SYS_dup3, old, new, flags);
+
+	forget_fd(new);
+	return (int)as_errno(ret);
+}
+
+// ---- the table ----
+
+enum hook_lock {
+	LOCK_NONE,
+	LOCK_MAP, // the map lock, shared or exclusive
+};
+
+#define HOOK(function) ((const void *)(function))
+
+static const struct {
+	const char *symbol;
+	const void *hook;
+	void *original;      // where the way to the unhooked function goes, or NULL
+	enum hook_lock lock; // without these there is no merging
+	const char *reports;
+} hooks[] = {
+	{"munmap", HOOK(hook_munmap), NULL, LOCK_MAP, "runs that are gone"},
+	{"mmap", HOOK(hook_mmap), NULL, LOCK_MAP, "runs that are replaced, thread stacks"},
+	{"mremap", HOOK(hook_mremap), NULL, LOCK_MAP, "runs that move"},
+	{"brk", HOOK(hook_brk), NULL, LOCK_MAP, "runs that are gone"},
+	{"shmat", HOOK(hook_shmat), NULL, LOCK_MAP, "runs that are replaced"},
+	{"mprotect", HOOK(hook_mprotect), NULL, LOCK_MAP, "protection of runs"},
+	{"pkey_mprotect", HOOK(hook_pkey_mprotect), NULL, LOCK_MAP, "protection of runs"},
+	{"madvise", HOOK(hook_madvise), NULL, LOCK_MAP, "discards and attributes of runs"},
+	{"mlock", HOOK(hook_mlock), NULL, LOCK_MAP, "runs that break in place"},
+	{"mlock2", HOOK(hook_mlock2), NULL, LOCK_MAP, "runs that break in place"},
+	{"mlockall", HOOK(hook_mlockall), NULL, LOCK_MAP, "runs that break in place"},
+	{"munlock", HOOK(hook_munlock), NULL, LOCK_MAP, "runs that need not break in place any more"},
+	{"munlockall", HOOK(hook_munlockall), NULL, LOCK_MAP, "runs that need not break in place any more"},
+	{"ioctl", HOOK(hook_ioctl), NULL, LOCK_MAP, "memory registered with another userfaultfd"},
+	{"_Fork", HOOK(hook_fork), &original_fork, LOCK_MAP, "children"},
+	{"clone", HOOK(hook_clone), &original_clone, LOCK_MAP, "children"},
+	{"read", HOOK(hook_read), NULL, LOCK_NONE, "place hints"},
+	{"pread64", HOOK(hook_pread), NULL, LOCK_NONE, "place hints"},
+	{"readv", HOOK(hook_readv), NULL, LOCK_NONE, "place hints"},
+	{"preadv64", HOOK(hook_preadv), NULL, LOCK_NONE, "place hints"},
+	{"write", HOOK(hook_write), NULL, LOCK_NONE, "place hints"},
+	{"pwrite64", HOOK(hook_pwrite), NULL, LOCK_NONE, "place hints"},
+	{"writev", HOOK(hook_writev), NULL, LOCK_NONE, "place hints"},
+	{"pwritev64", HOOK(hook_pwritev), NULL, LOCK_NONE, "place hints"},
+	{"close", HOOK(hook_close), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
+	{"dup2", HOOK(hook_dup2), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
+	{"dup3", HOOK(hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
+};
+
+enum { HOOKS = sizeof(hooks) / sizeof(hooks[0]) };
+
+int udd_hooks_install(const char **missing)
+{
+	// libc's own functions, whoever may have interposed them.
+	void *libc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
+	int ret = libc ? udd_patch_init(dlsym(libc, "munmap")) : -ENOENT;
+	struct udd_patch patches[HOOKS];
+	int errors[HOOKS];
+
+	*missing = "libc";
+	if (ret)
+		return ret;
+	for (size_t i = 0; i < HOOKS; i++) {
+		void *function = dlsym(libc, hooks[i].symbol);
+
+		errors[i] = function ? udd_patch_prepare(function, hooks[i].hook, hooks[i].original, &patches[i]) : -ENOENT;
+	}
+	dlclose(libc);
+	ret = udd_patch_seal();
+	if (ret)
+		return ret;
+	for (size_t i = 0; i < HOOKS; i++) {
+		if (!errors[i])
+			errors[i] = udd_patch_apply(&patches[i]);
+		if (!errors[i]) {
+			udd_agent.hooks |= 1UL << i;
+		} else if (hooks[i].lock == LOCK_MAP && !ret) {
+			*missing = hooks[i].symbol;
+			ret = errors[i];
+		}
+	}
+	udd_patch_done();
+	return ret;
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: MIT
+// The hooks in libc: what they lock, what they report, what they take care of. One table, in hooks.c.
+#ifndef UDD_HOOKS_H
+#define UDD_HOOKS_H
+
+// Installs every hook of the table. Returns 0, or a negative errno if one that merging depends on could not be.
+// `missing` then names it.
+int udd_hooks_install(const char **missing);
+
+#endif

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+// Which memory of the process may be merged: private, anonymous, writable mappings with no property that a mapping of the
+// store could not have. Read from /proc/self/smaps (for the attributes); between two readings, hooks note what changed
+// (struct udd_stale), and what changed is no candidate until the next reading. So an entry says what the mapping *is*, as
+// far as the process goes through libc; the kernel refuses the rest (see transaction.c).
+//
+// Left out: thread stacks (told by MAP_STACK), the main stack, the agent's own memory, locked, wiped-on-fork, growing,
+// protection-keyed or otherwise registered memory, and .bss, which the dynamic linker unmaps past our hooks.
+#ifndef UDD_LAYOUT_H
+#define UDD_LAYOUT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "util.h"
+
+enum {
+	UDD_LAYOUT_MAX = 131072, // mappings remembered
+	UDD_STACKS_MAX = 1024,   // thread stacks remembered
+};
+
+struct udd_candidate {
+	uint64_t start;
+	uint64_t end;
+	uint32_t attributes; // enum udd_attribute
+	uint32_t stale;      // 1: changed since
+};
+
+enum udd_stale_kind {
+	UDD_STALE_CHANGED, // mapped, unmapped, protected, advised
+	UDD_STALE_STACK,   // a thread stack was mapped here
+};
+
+struct udd_stale {
+	uint64_t start;
+	uint64_t end;
+	uint64_t kind; // enum udd_stale_kind
+};
+
+struct udd_layout {
+	struct udd_candidate *candidates; // sorted
+	uint32_t count;
+	uint32_t stale;       // changes taken in since
+	uint32_t mappings;    // of the whole process, at the last reading
+	uint32_t runs;        // merged runs there were then
+	uint64_t read_at;     // ns, CLOCK_MONOTONIC
+	uint64_t read_cost;   // ns
+	uint64_t present;     // bytes present in candidates and merged runs, at the last reading
+	int smaps_fd;         // -1 until the worker opened it
+	char *buffer;         // UDD_LAYOUT_BUFFER bytes
+	struct udd_span stacks[UDD_STACKS_MAX];
+	uint32_t stack_count;
+	uint32_t stack_next; // which to forget when full
+};
+
+enum { UDD_LAYOUT_BUFFER = 65536 };
+
+// Reads the layout anew. 0 or a negative errno, in which case there are no candidates.
+int udd_layout_read(struct udd_layout *layout, struct udd_span own);
+// Takes in what changed; `count` may exceed UDD_STALE_SLOTS, then everything is stale.
+void udd_layout_apply(struct udd_layout *layout, const struct udd_stale *stale, uint32_t count);
+// The candidate that holds `address`, or the next one behind it; NULL if there is none.
+struct udd_candidate *udd_layout_find(const struct udd_layout *layout, uint64_t address);
+
+#endif

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+// What the linear scan remembers of each page: a 32-bit checksum, to tell pages that keep still from volatile ones (KSM's
+// "oldchecksum"), and whether the page was given to the kernel's zero page. 4 bytes a page, in leaves of 4 MiB of address
+// space found through a small hash table. A leaf that finds no room is simply not remembered. The worker's own.
+#ifndef UDD_MARKS_H
+#define UDD_MARKS_H
+
+#include <stdint.h>
+
+#include "layout.h"
+
+enum {
+	UDD_MARK_NONE = 0, // never seen
+	UDD_MARK_ZERO = 1, // left to the kernel's zero page
+	UDD_MARK_MIN = 2,  // checksums start here
+
+	UDD_LEAF_PAGES = 1024,
+};
+
+struct udd_leaf_key {
+	uint32_t key;  // address >> 22, + 1; 0 = free
+	uint32_t leaf; // index
+};
+
+struct udd_marks {
+	struct udd_leaf_key *table; // open addressing
+	uint32_t (*leaves)[UDD_LEAF_PAGES];
+	uint32_t table_size;        // power of two, twice leaf_limit or more
+	uint32_t leaf_count;        // leaves backed by memory
+	uint32_t leaf_limit;
+	uint32_t *free_leaves;      // stack of given-back leaves
+	uint32_t free_count;
+	uint64_t zero_pages;        // marks that are UDD_MARK_ZERO
+};
+
+// Where the mark of the page at `address` is; NULL if there is no room.
+uint32_t *udd_mark(struct udd_marks *marks, uint64_t address);
+// Changes a mark and keeps count of zero pages.
+void udd_mark_set(struct udd_marks *marks, uint32_t *mark, uint32_t value);
+// Forgets leaves that no candidate reaches into any more.
+void udd_marks_sweep(struct udd_marks *marks, const struct udd_layout *layout);
+
+static inline uint32_t udd_mark_of(uint64_t digest_low)
+{
+	uint32_t mark = (uint32_t)(digest_low ^ digest_low >> 32);
+
+	return mark < UDD_MARK_MIN ? UDD_MARK_MIN : mark;
+}
+
+#endif

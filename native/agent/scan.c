@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT
+#include "scan.h"
+
+#include <string.h>
+
+#include "../common/digest.h"
+#include "../common/uffd.h"
+#include "fault.h"
+#include "sys.h"
+#include "transaction.h"
+
+enum {
+	REGIONS = 64,          // regions of one PAGEMAP_SCAN
+	BATCH = 64,            // pages copied and hashed at a time: they should stay in the processor's cache
+	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time
+	LAYOUT_AGE_S = 10,     // raw system calls change it too
+};
+
+// Pages that are being looked at: present, of one candidate, `count` of them copied to the copy area.
+struct batch {
+	uint64_t addresses[BATCH];
+	uint32_t count;
+};
+
+// Only if it has changed, and no more often than it is worth.
+static bool layout_is_due(const struct udd_layout *layout)
+{
+	uint64_t age = udd_now() - layout->read_at;
+
+	if (age < layout->read_cost * LAYOUT_SHARE)
+		return false;
+	return __atomic_load_n(&udd_live()->mapped, __ATOMIC_RELAXED) || udd_live()->stale_count || layout->stale ||
+	       age > LAYOUT_AGE_S * 1000000000UL;
+}
+
+void udd_refresh_layout(void)
+{
+	struct udd_layout *layout = &udd_agent.layout;
+	struct udd_stats *stats = udd_live()->stats;
+	uint64_t started;
+
+	if (!layout_is_due(layout))
+		return;
+	// What changes while smaps is being read must stay stale, so what is pending is taken in before, and nothing after.
+	if (!udd_worker_lock(&started))
+		return;
+	__atomic_store_n(&udd_live()->mapped, 0, __ATOMIC_RELAXED);
+	udd_worker_unlock(started);
+	udd_layout_read(layout, udd_agent.arena);
+	udd_marks_sweep(&udd_agent.marks, layout);
+	__atomic_store_n(&stats->vmas, layout->mappings, __ATOMIC_RELAXED);
+	__atomic_store_n(&stats->managed_pages, udd_pages(layout->present), __ATOMIC_RELAXED);
+}
+
+// Copies `pages` pages from `address` to slot `at` of the copy area. Returns how many could be.
+static uint32_t copy_out(const struct udd_scan_state *state, uint64_t address, uint64_t pages, uint32_t at)
+{
+	long got = udd_sys(SYS_pwrite64, state->shared_fd, address, udd_bytes(pages), UDD_SHARED_COPY + udd_bytes(at));
+
+	return udd_failed(got) ? 0 : (uint32_t)udd_pages((uint64_t)got);
+}
+
+// Present pages of `span` that are neither zero-mapped nor a file's. Returns the number of regions; *end is how far it looked.
+static long find_present(struct udd_span span, uint64_t pages, struct page_region *regions, uint64_t *end)
+{
+	struct pm_scan_arg arg = {
+		.size = sizeof(arg),
+		.start = span.start,
+		.end = span.end,
+		.vec = (uint64_t)(uintptr_t)regions,
+		.vec_len = REGIONS,
+		.max_pages = pages,
+		.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+		.category_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO | PAGE_IS_FILE,
+		.return_mask = PAGE_IS_PRESENT,
+	};
+	long ret = udd_sys(SYS_ioctl, udd_fault_pagemap(), PAGEMAP_SCAN, &arg);
+
+	*end = udd_failed(ret) ? span.end : arg.walk_end;
+	return udd_failed(ret) ? 0 : ret;
+}
+
+// Gives a stretch of pages that were zero a moment ago to the kernel's zero page.
+static uint32_t merge_zeros(const uint64_t *addresses, uint32_t count)
+{
+	struct udd_span span = {addresses[0], addresses[0] + udd_bytes(count)};
+	uint64_t zero = udd_merge_zero(span);
+
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t *mark = zero >> i & 1 ? udd_mark(&udd_agent.marks, addresses[i]) : NULL;
+
+		if (mark)
+			udd_mark_set(&udd_agent.marks, mark, UDD_MARK_ZERO);
+	}
+	return (uint32_t)__builtin_popcountll(zero);
+}
+
+static void merge_zero_pages(const uint64_t *addresses, uint32_t count, struct udd_reports *ret)
+{
+	uint32_t from = 0;
+
+	for (uint32_t i = 1; i <= count; i++) {
+		if (i < count && i - from < UDD_RUN_MAX && addresses[i] == addresses[i - 1] + UDD_PAGE_SIZE)
+			continue;
+		ret->zero += merge_zeros(addresses + from, i - from);
+		from = i;
+	}
+}
+
+// Hashes the batch and reports what is worth looking up.
+static void report_batch(const struct udd_scan_state *state, const struct batch *batch, bool hinted, struct udd_reports *ret,
+			 struct udd_report *reports)
+{
+	static const char zeros[UDD_PAGE_SIZE];
+	uint64_t zero_addresses[BATCH];
+	uint32_t zero_count = 0;
+
+	for (uint32_t i = 0; i < batch->count; i++) {
+		const char *page = state->copy + udd_bytes(i);
+		struct udd_digest digest = udd_digest_page(page);
+		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
+		uint32_t value = udd_mark_of(digest.low);
+		bool kept = hinted || (mark && *mark == value);
+
+		ret->visited++;
+		if (mark)
+			udd_mark_set(&udd_agent.marks, mark, value);
+		if (!kept) {
+			ret->changed++;
+		} else if (page[0] == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) == 0) {
+			if (state->flags & UDD_CONFIG_ZERO_PAGES)
+				zero_addresses[zero_count++] = batch->addresses[i];
+		} else {
+			reports[ret->header.count++] = (struct udd_report){
+				.address = batch->addresses[i],
+				.digest = {digest.low, digest.high},
+				.flags = hinted ? UDD_REPORT_HINTED : 0,
+			};
+		}
+	}
+	if (zero_count)
+		merge_zero_pages(zero_addresses, zero_count, ret);
+	__atomic_store_n(&udd_live()->stats->zero_pages, udd_agent.marks.zero_pages, __ATOMIC_RELAXED);
+}
+
+// Looks at up to `pages` present pages of `span`, which lies in one candidate. Returns how far it came.
+static uint64_t look_at(const struct udd_scan_state *state, struct udd_span span, uint32_t pages, bool hinted,
+			struct udd_reports *ret, struct udd_report *reports)
+{
+	struct page_region regions[REGIONS];
+	struct batch batch = {.count = 0};
+	uint64_t end;
+	long found = find_present(span, udd_min(pages, BATCH), regions, &end);
+
+	for (long i = 0; i < found; i++) {
+		uint64_t wanted = udd_pages(regions[i].end - regions[i].start);
+		uint32_t got = copy_out(state, regions[i].start, wanted, batch.count);
+
+		for (uint32_t page = 0; page < got; page++)
+			batch.addresses[batch.count++] = regions[i].start + udd_bytes(page);
+	}
+	report_batch(state, &batch, hinted, ret, reports);
+	return end;
+}
+
+void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *ret, struct udd_report *reports)
+{
+	uint32_t budget = (uint32_t)udd_min(pages, UDD_REPORTS_MAX);
+
+	if (state->cursor == 0)
+		udd_refresh_layout();
+	while (ret->visited < budget) {
+		const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, state->cursor);
+		struct udd_span span;
+
+		if (!candidate) {
+			state->cursor = 0;
+			ret->wrapped = 1;
+			return;
+		}
+		span = (struct udd_span){udd_max(state->cursor, candidate->start), candidate->end};
+		state->cursor = candidate->stale ? candidate->end : look_at(state, span, budget - ret->visited, false, ret, reports);
+	}
+}
+
+static void visit_range(const struct udd_scan_state *state, struct udd_span span, struct udd_reports *ret, struct udd_report *reports)
+{
+	while (span.start < span.end && ret->visited < UDD_REPORTS_MAX) {
+		const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, span.start);
+		struct udd_span inside;
+
+		if (!candidate || candidate->start >= span.end)
+			return;
+		inside = udd_span_clip(span, (struct udd_span){candidate->start, candidate->end});
+		span.start = candidate->stale ? candidate->end
+					      : look_at(state, inside, UDD_REPORTS_MAX - ret->visited, true, ret, reports);
+	}
+}
+
+// Does the layout know all of this memory? A hint may be about a mapping that is younger.
+static bool known(struct udd_span span)
+{
+	const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, span.start);
+
+	return candidate && !candidate->stale && candidate->start <= span.start && span.end <= candidate->end;
+}
+
+void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, struct udd_reports *ret,
+	       struct udd_report *reports)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		struct udd_span span = {udd_page_down(ranges[i].address),
+					udd_page_down(ranges[i].address) + udd_bytes(udd_min(ranges[i].pages, UDD_REPORTS_MAX))};
+
+		if (!known(span))
+			udd_refresh_layout();
+		visit_range(state, span, ret, reports);
+	}
+}
+
+void udd_copy(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, uint64_t valid[UDD_COPY_WORDS])
+{
+	uint32_t at = 0;
+
+	memset(valid, 0, UDD_COPY_WORDS * sizeof(*valid));
+	for (uint32_t i = 0; i < count && at < UDD_COPY_MAX; i++) {
+		uint64_t pages = udd_min(ranges[i].pages, UDD_COPY_MAX - at);
+		uint32_t got = copy_out(state, udd_page_down(ranges[i].address), pages, at);
+
+		for (uint32_t page = at; page < at + got; page++)
+			valid[page / 64] |= 1UL << page % 64;
+		at += (uint32_t)pages;
+	}
+}

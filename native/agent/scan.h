@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+// Looking at pages: the linear scan and the visit of hinted pages. Contents are copied out with pwrite() to the shared copy
+// area, in batches: the kernel copies safely from memory that may vanish at any moment, where reading it ourselves could
+// raise a signal in the application. Absent, zero-mapped and merged pages are skipped by PAGEMAP_SCAN.
+#ifndef UDD_SCAN_H
+#define UDD_SCAN_H
+
+#include "agent.h"
+
+// What scanning needs besides the agent's state; the worker's own.
+struct udd_scan_state {
+	int shared_fd;    // the shared area's descriptor, to copy into
+	char *copy;       // its copy area, as mapped here
+	uint64_t cursor;  // next address of the linear scan
+	uint32_t flags;   // enum udd_config_flags
+};
+
+// Visits up to `pages` pages from the cursor on. Fills `ret` and at most UDD_REPORTS_MAX reports.
+void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *ret, struct udd_report *reports);
+// Visits hinted ranges.
+void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, struct udd_reports *ret,
+	       struct udd_report *reports);
+// Copies ranges densely to the copy area. Bit i of `valid` says that page i was copied.
+void udd_copy(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, uint64_t valid[UDD_COPY_WORDS]);
+// Reads the layout anew, if the last reading is long enough ago for what it costs.
+void udd_refresh_layout(void);
+
+#endif

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT
+// The engine's per-page loops, called from Python through cffi (udedup._native) on whole batches with the GIL released.
+// Nothing here decides anything: policy is Python's. Python calls all of this from one thread at a time; the only concurrency
+// is with agents writing to their shared areas, which is why those are read with care and never twice.
+//
+// Functions that can fail return a negative errno. -EPROTO means that an agent said something it can't have said in good
+// faith: its caller drops that agent.
+#ifndef UDD_ENGINE_H
+#define UDD_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../common/wire.h"
+
+enum {
+	// Agent numbers are 1 … UDD_AGENT_NUMBERS - 1: what fits beside a page number and a round stamp in 64 bits.
+	UDD_AGENT_NUMBERS = 1048576,
+	// Buckets of the lead time histogram: 4 per power of two nanoseconds.
+	UDD_LEAD_BUCKETS = 256,
+};
+
+// Maps an agent's shared area (UDD_SHARED_BYTES). NULL if there is no memory for it. The descriptor is not needed any more.
+void *udd_area_map(int descriptor);
+void udd_area_unmap(void *area);
+
+// Digests of `count` consecutive 4096-byte pages; ret takes 2 × count words, low half first.
+void udd_digest_pages(const void *pages, size_t count, uint64_t *ret);
+
+// ---- index.c: where is a page with this digest? ----
+
+struct udd_index;
+
+// A reported page that the index knows elsewhere.
+struct udd_match {
+	uint64_t address;   // of the reported page
+	uint64_t digest[2];
+	uint32_t other;     // number of the agent with the candidate; 0: a store slot has it
+	uint32_t reserved;
+	uint64_t other_address; // of the candidate
+};
+
+struct udd_lookup_counts {
+	uint64_t shared;     // match a store slot
+	uint64_t candidates; // match another candidate
+	uint64_t inserted;   // are candidates now
+	uint64_t own;        // were candidates already
+	uint64_t refused;    // not inserted: the agent's limit is reached
+	uint64_t merged;     // reported as merged already
+};
+
+struct udd_index *udd_index_create(void);
+void udd_index_destroy(struct udd_index *index);
+size_t udd_index_candidates(const struct udd_index *index);
+size_t udd_index_shared(const struct udd_index *index);
+size_t udd_index_bytes(const struct udd_index *index);
+
+// Most candidates of an agent. Needed before its first report: an unknown agent's limit is 0.
+int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit);
+// Looks reports up, in order; a page found nowhere becomes a candidate at once. Returns the number of matches (≤ count).
+int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
+		     struct udd_match *ret_matches, struct udd_lookup_counts *ret);
+// Ends one round of an agent. Candidates not confirmed for two whole rounds of their agent are dropped by the next udd_index_age().
+void udd_index_next_round(struct udd_index *index, uint32_t agent);
+// Both return the number of candidates removed.
+size_t udd_index_age(struct udd_index *index);
+size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent);
+// Removes a candidate whose digest is `digest`; returns 1 and who it was, or 0.
+int udd_index_take_candidate(struct udd_index *index, const uint64_t *digest, uint32_t *ret_agent, uint64_t *ret_address);
+
+int udd_index_publish(struct udd_index *index, const uint64_t *digest, uint32_t segment, uint32_t slot);
+// 1 and the place of the slot with this digest, or 0.
+int udd_index_find_shared(const struct udd_index *index, const uint64_t *digest, uint32_t *ret_segment, uint32_t *ret_slot);
+size_t udd_index_forget_segment(struct udd_index *index, uint32_t segment);
+
+// ---- hints.c: the hint stack ----
+
+struct udd_hints;
+
+// A popped hint: one page.
+struct udd_hinted {
+	uint64_t address;
+	uint64_t digest[2];   // 0, 0: not known, the agent must hash it
+	uint64_t nanoseconds; // CLOCK_MONOTONIC when the content was in place
+	uint32_t agent;
+	uint32_t reserved;
+};
+
+// Where the engine is in an agent's hint ring. All zero at the start.
+struct udd_hint_reader {
+	uint64_t tail;
+	uint64_t stuck_since; // CLOCK_MONOTONIC ns: the slot at tail was seen half written then; 0: it was not
+};
+
+struct udd_drain_counts {
+	uint64_t hints;   // taken from the ring
+	uint64_t pages;   // whole pages they meant
+	uint64_t dropped; // hints overwritten, malformed or beyond what one call takes
+	uint32_t armed;   // 1: `waiting` went from 0 to 1, so one doorbell may come
+	uint32_t reserved;
+};
+
+struct udd_hints *udd_hints_create(uint32_t slots);
+void udd_hints_destroy(struct udd_hints *hints);
+uint32_t udd_hints_depth(const struct udd_hints *hints);
+uint64_t udd_hints_overwritten(const struct udd_hints *hints); // cumulative pages that fell off the bottom
+// `digests` (2 words a block of 4096 bytes, 0, 0 if not known yet) must live as long as the stack.
+int udd_hints_add_image(struct udd_hints *hints, uint64_t inode, const uint64_t *digests, uint64_t blocks);
+// Puts a hint on top. inode 0: not on the udedup mount. Returns the number of pages meant.
+int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address, uint64_t length, uint64_t inode,
+		       uint64_t offset, uint64_t nanoseconds);
+// Empties an agent's ring onto the stack; `arm`: ask for a doorbell once there is more.
+int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_ring *ring, struct udd_hint_reader *reader,
+		    int arm, struct udd_drain_counts *ret);
+// Takes up to `pages` pages from the top; sorted by agent, then address.
+size_t udd_hints_pop(struct udd_hints *hints, size_t pages, struct udd_hinted *ret);
+void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent);
+// Length of the leading part of `hinted` that is one agent's.
+size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count);
+// Splits one agent's hints into reports (digest known) and ranges (to be visited); both arrays have room for `count`.
+void udd_hinted_split(const struct udd_hinted *hinted, size_t count, struct udd_report *ret_reports, size_t *ret_report_count,
+		      struct udd_range *ret_ranges, size_t *ret_range_count);
+// Adds to `histogram` (UDD_LEAD_BUCKETS) the age of each hint whose page was merged just now; returns their number.
+size_t udd_hinted_leads(const struct udd_hinted *hinted, size_t hinted_count, const struct udd_run *runs,
+			const struct udd_merge_result *results, size_t run_count, uint64_t now, uint64_t *histogram);
+
+// ---- plan.c: which page goes where ----
+
+// A page and the slot it is to be merged with.
+struct udd_target {
+	uint64_t address;
+	uint32_t agent;
+	uint32_t segment;
+	uint32_t slot;
+	uint32_t reserved;
+};
+
+// A page on its way into the store.
+struct udd_fresh {
+	uint64_t address;
+	uint64_t digest[2];
+};
+
+void udd_matches_sort(struct udd_match *matches, size_t count);
+// Takes out the pages of one agent's targets; both are sorted by address. Returns how many matches are left.
+size_t udd_matches_without(struct udd_match *matches, size_t count, const struct udd_target *targets, size_t target_count);
+// The next (up to UDD_COPY_MAX) pages, from *position on, whose digest no slot has yet, each digest once. Pages in stretches of
+// fewer than `least` pages are passed over. `matches` is sorted by address.
+size_t udd_plan_fresh(const struct udd_index *index, const struct udd_match *matches, size_t count, uint32_t least,
+		      size_t *position, struct udd_fresh *ret);
+// As ranges for UDD_COPY, in the same order; ret has room for `count`. Returns the number of ranges.
+size_t udd_plan_copy(const struct udd_fresh *fresh, size_t count, struct udd_range *ret);
+// Targets of those matches whose digest has a slot by now.
+size_t udd_plan_targets(const struct udd_index *index, uint32_t agent, const struct udd_match *matches, size_t count,
+			struct udd_target *ret);
+void udd_targets_sort(struct udd_target *targets, size_t count); // by agent, then address
+// Length of the leading part of `targets` that is one agent's.
+size_t udd_target_group(const struct udd_target *targets, size_t count);
+// One agent's sorted targets as runs of at most UDD_RUN_MAX pages; stretches of fewer than `least` pages are left out and counted.
+size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t least, struct udd_run *ret, uint64_t *ret_deferred);
+// Distinct segments of runs; returns how many there are, of which at most `max` are written.
+size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max);
+
+// ---- store.c: slots and who refers to them ----
+
+struct udd_store;
+struct udd_holder; // one agent's references into a store
+
+struct udd_segment_state {
+	uint32_t used; // slots written
+	uint32_t live; // of them: referred to
+	uint64_t references;
+};
+
+struct udd_publish_counts {
+	uint64_t written;  // slots
+	uint64_t invalid;  // the agent could not copy the page
+	uint64_t mismatch; // the copy has another digest than expected
+};
+
+struct udd_merge_counts {
+	uint64_t merged;
+	uint64_t mismatch;
+	uint64_t busy;
+	uint64_t gone;
+	uint64_t no_vma;
+	uint64_t runs; // with at least one page merged
+};
+
+struct udd_drop_counts {
+	uint64_t pages;
+	uint64_t broken; // of them: written to
+};
+
+// Where a slot of a retiring segment went; segment 0: it was dead.
+struct udd_move {
+	uint32_t segment;
+	uint32_t slot;
+};
+
+struct udd_store *udd_store_create(void);
+void udd_store_destroy(struct udd_store *store); // its memory goes with the last of its holders
+// `base`: the engine's own writable mapping of the segment.
+int udd_store_add_segment(struct udd_store *store, uint32_t segment, void *base);
+// -EBUSY while slots are referred to.
+int udd_store_remove_segment(struct udd_store *store, uint32_t segment);
+int udd_store_segment(const struct udd_store *store, uint32_t segment, struct udd_segment_state *ret);
+// Copies pages from a copy area into the next slots of a segment, hashes each slot, and publishes those with the expected digest.
+// Starts at fresh[*position] and stops early when the segment is full. `valid`: UDD_COPY_WORDS words, from the agent's answer. Candidates
+// with the same digest come back as targets (room for `count`); returns their number.
+int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t segment, const void *copy_area,
+		      const uint64_t *valid, const struct udd_fresh *fresh, size_t count, size_t *position,
+		      struct udd_target *ret_targets, struct udd_publish_counts *ret);
+// Copies live slots of one segment, from *position on, into another until that is full; the index follows.
+int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t from, uint32_t to, uint32_t *position,
+		   struct udd_move *moves);
+// Targets on the new places of those pages of runs that are in segment `from`; ret has room for all pages, at most `max`.
+size_t udd_plan_moves(uint32_t agent, const struct udd_run *runs, size_t count, uint32_t from, const struct udd_move *moves,
+		      struct udd_target *ret, size_t max);
+
+struct udd_holder *udd_holder_create(struct udd_store *store);
+void udd_holder_destroy(struct udd_holder *holder); // gives all its references back
+void udd_holder_clear(struct udd_holder *holder);
+uint64_t udd_holder_pages(const struct udd_holder *holder);
+uint64_t udd_holder_segment_pages(const struct udd_holder *holder, uint32_t segment);
+// Takes references for the pages that an answer to UDD_MERGE says are merged.
+int udd_holder_take(struct udd_holder *holder, const struct udd_run *runs, const struct udd_merge_result *results, size_t count,
+		    struct udd_merge_counts *ret);
+// Takes references for runs an agent has already. Segments that are no more are passed over.
+int udd_holder_adopt(struct udd_holder *holder, const struct udd_run *runs, size_t count);
+// Empties an agent's drop ring. Segments that are no more are passed over; `newest`: highest segment number ever given out.
+int udd_holder_drain(struct udd_holder *holder, struct udd_drop_ring *ring, uint32_t newest, struct udd_drop_counts *ret);
+// Begins a new count: no references, and what is in the drop ring before `head` is void.
+int udd_holder_restart(struct udd_holder *holder, struct udd_drop_ring *ring, uint64_t head);
+
+// ---- smaps.c: what the kernel says ----
+
+struct udd_smaps {
+	uint64_t merged_rss;       // bytes, over private mappings of store segments, which are merged runs
+	uint64_t merged_anonymous; // of them: copied on write
+	uint64_t store_pss;        // bytes, over all mappings of store segments
+	uint64_t mappings;
+	uint64_t pss;              // bytes, over all mappings
+};
+
+// Sums up an open /proc/PID/smaps.
+int udd_smaps_read(int fd, struct udd_smaps *ret);
+
+#endif

@@ -1,0 +1,645 @@
+// SPDX-License-Identifier: MIT
+// Processes, threads, signals and descriptors of a wrapped program are as they would be without the agent.
+#include "merged.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <spawn.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/single_threaded.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+
+enum { PAGES = 16 };
+
+// ---- children ----
+
+static void child_keeps_pages_merged(void)
+{
+	char *twin;
+	char *at = merged(PAGES, 1, WHOLE, &twin);
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		char pss[64];
+		pid_t grandchild;
+
+		check(count_merged(at, PAGES) == PAGES);
+		check(intact(at, PAGES, 1, WHOLE, 0));
+		check(smaps_line(at, "Pss:", pss, sizeof(pss)) && atol(pss) < PAGES * PAGE / 1024 / 2);
+		grandchild = fork();
+		if (grandchild == 0) {
+			check(count_merged(at, PAGES) == PAGES);
+			check(madvise(at, 2 * PAGE, MADV_DONTNEED) == 0);
+			check(is_zero(at, 2));
+			check(intact_from(at + 2 * PAGE, 2, PAGES - 2, 1, WHOLE, 0));
+			_exit(43);
+		}
+		check(WEXITSTATUS(wait_child(grandchild)) == 43);
+		check(count_merged(at, PAGES) == PAGES);
+		_exit(42);
+	}
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(count_merged(at, PAGES) == PAGES && count_merged(twin, PAGES) == PAGES);
+}
+
+// Before its agent is up, the kernel breaks a child's pages by itself; what merged memory means must hold all the same.
+static void child_before_its_agent(void)
+{
+	char *twin;
+	char *at = merged(PAGES, 1, WHOLE, &twin);
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		fill_page(at, 7, 0); // breaks
+		check(page_is(at, 7, 0));
+		check(madvise(at, 4 * PAGE, MADV_DONTNEED) == 0); // broken and merged pages alike
+		check(is_zero(at, 4));
+		fill_page(at + 8 * PAGE, 7, 8);
+		check(mprotect(at + 8 * PAGE, PAGE, PROT_READ) == 0);
+		check(touch(at + 8 * PAGE, true) == SIGSEGV);
+		check(page_is(at + 8 * PAGE, 7, 8));
+		check(mremap(at + 8 * PAGE, 4 * PAGE, 2 * PAGE, 0) == MAP_FAILED ? page_is(at + 9 * PAGE, 1, 9)
+										 : touch(at + 10 * PAGE, false) == SIGSEGV);
+		check(munmap(at + 12 * PAGE, 4 * PAGE) == 0);
+		check(touch(at + 12 * PAGE, false) == SIGSEGV);
+		// Later it must hold, too.
+		await(stats().merging);
+		check(is_zero(at, 4));
+		check(madvise(at + 8 * PAGE, PAGE, MADV_DONTNEED) == 0);
+		check(is_zero(at + 8 * PAGE, 1));
+		check(page_is(at + 7 * PAGE, 1, 7));
+		_exit(42);
+	}
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(intact(at, PAGES, 1, WHOLE, 0) && intact(twin, PAGES, 1, WHOLE, 1));
+	check(count_merged(at, PAGES) == PAGES);
+}
+
+static void child_joins_and_merges(void)
+{
+	char *twin;
+	char *at = merged(PAGES, 1, WHOLE, &twin);
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		char *more;
+
+		await(stats().merging);
+		check(stats().pages_merged >= 2 * PAGES); // those it inherited
+		more = merged(PAGES, 2, WHOLE, NULL);
+		check(intact(more, PAGES, 2, WHOLE, 0));
+		fill(at, PAGES, 3, WHOLE, 0);
+		fill(more, PAGES, 4, WHOLE, 0);
+		check(intact(at, PAGES, 3, WHOLE, 0) && intact(more, PAGES, 4, WHOLE, 0));
+		check(intact(twin, PAGES, 1, WHOLE, 1));
+		check(stats().break_pages > 0);
+		_exit(42);
+	}
+	fill_page(twin, 9, 0); // at the same time, in the parent
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(intact(at, PAGES, 1, WHOLE, 0));
+	check(page_is(twin, 9, 0) && intact_from(twin + PAGE, 1, PAGES - 1, 1, WHOLE, 1));
+}
+
+// Memory that a child shared for a while merges once the child is gone.
+static void shared_with_a_child_then_merged(void)
+{
+	char *at = plain(PAGES);
+	char *twin = plain(PAGES);
+	pid_t pid;
+
+	fill(at, PAGES, 1, WHOLE, 0);
+	fill(twin, PAGES, 1, WHOLE, 1);
+	await_agent();
+	pid = fork();
+	if (pid == 0)
+		_exit(intact(at, PAGES, 1, WHOLE, 0) ? 42 : 1);
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	await_merged(at, PAGES, WHOLE);
+	await_merged(twin, PAGES, WHOLE);
+	check(intact(at, PAGES, 1, WHOLE, 0));
+}
+
+static void other_programs(void)
+{
+	char *twin;
+	char *at = merged(PAGES, 1, WHOLE, &twin);
+	char *const argv[] = {"sh", "-c", "exit 5", NULL};
+	FILE *pipe;
+	char line[16];
+	pid_t pid;
+
+	check(WEXITSTATUS(system("exit 3")) == 3);
+	check(posix_spawn(&pid, "/bin/sh", NULL, NULL, argv, environ) == 0);
+	check(WEXITSTATUS(wait_child(pid)) == 5);
+	pid = vfork();
+	if (pid == 0) {
+		execv("/bin/sh", argv);
+		_exit(99);
+	}
+	check(WEXITSTATUS(wait_child(pid)) == 5);
+	pid = fork();
+	if (pid == 0) {
+		execv("/bin/sh", argv);
+		_exit(99);
+	}
+	check(WEXITSTATUS(wait_child(pid)) == 5);
+	pipe = popen("echo hello", "r");
+	check(pipe && fgets(line, sizeof(line), pipe) && strcmp(line, "hello\n") == 0 && pclose(pipe) == 0);
+	check(count_merged(at, PAGES) == PAGES && count_merged(twin, PAGES) == PAGES);
+	at[0] ^= 1;
+	at[0] ^= 1;
+	check(intact(at, PAGES, 1, WHOLE, 0));
+}
+
+static int clone_body(void *at)
+{
+	return page_is(at, 1, 0) && madvise(at, PAGE, MADV_DONTNEED) == 0 && is_zero(at, 1) ? 42 : 1;
+}
+
+static void cloned(void)
+{
+	static char stack[65536] __attribute__((aligned(16)));
+	char *at = merged(PAGES, 1, WHOLE, NULL);
+	pid_t pid = clone(clone_body, stack + sizeof(stack), SIGCHLD, at);
+
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(intact(at, PAGES, 1, WHOLE, 0));
+	pid = (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0); // past libc
+	if (pid == 0)
+		_exit(clone_body(at));
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(intact(at, PAGES, 1, WHOLE, 0));
+}
+
+// ---- looked at and written to from outside ----
+
+static void written_by_a_debugger(void)
+{
+	char *at = merged(PAGES, 1, WHOLE, NULL);
+	char byte = 'd';
+	struct iovec local = {&byte, 1}, remote = {at + 2 * PAGE + 5, 1};
+	int mem = open("/proc/self/mem", O_RDWR);
+	pid_t pid;
+
+	check(process_vm_writev(getpid(), &local, 1, &remote, 1, 0) == 1);
+	check(at[2 * PAGE + 5] == 'd');
+	// The kernel can't wait for a fault here; the README says so. Nothing must change then.
+	check(pwrite(mem, &byte, 1, (off_t)(uintptr_t)(at + 4 * PAGE + 5)) == -1 && errno == EIO);
+	check(page_is(at + 4 * PAGE, 1, 4));
+	pid = fork();
+	if (pid == 0) {
+		pid_t parent = getppid();
+		char *target = at + 6 * PAGE;
+		int status;
+
+		check(ptrace(PTRACE_SEIZE, parent, NULL, NULL) == 0);
+		check(ptrace(PTRACE_INTERRUPT, parent, NULL, NULL) == 0);
+		check(waitpid(parent, &status, __WALL) == parent);
+		errno = 0;
+		check(ptrace(PTRACE_PEEKDATA, parent, target, NULL) == (long)word_of(1, 6, 0) && errno == 0);
+		check(ptrace(PTRACE_POKEDATA, parent, target, 4711L) == -1 && errno == EIO);
+		check(ptrace(PTRACE_DETACH, parent, NULL, NULL) == 0);
+		_exit(42);
+	}
+	prctl(PR_SET_PTRACER, pid);
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(page_is(at + 6 * PAGE, 1, 6));
+	check(page_is(at + 7 * PAGE, 1, 7));
+}
+
+// ---- cancellation ----
+
+static int blocked_ends[2];
+static volatile pid_t blocked_tid;
+
+static void *blocked_reader(void *unused)
+{
+	char byte;
+
+	(void)unused;
+	blocked_tid = gettid();
+	(void)!read(blocked_ends[0], &byte, 1);
+	return NULL;
+}
+
+// Is that thread in read(2)? Its number is 0.
+static bool waits_in_read(pid_t tid)
+{
+	char path[64], line[64] = "";
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", (int)tid);
+	fd = open(path, O_RDONLY);
+	check(fd >= 0);
+	check(read(fd, line, sizeof(line) - 1) > 0);
+	close(fd);
+	return strncmp(line, "0 ", 2) == 0;
+}
+
+static void cancelled_while_blocked(void)
+{
+	pthread_t thread;
+	void *result;
+
+	await_agent();
+	check(pipe(blocked_ends) == 0);
+	check(pthread_create(&thread, NULL, blocked_reader, NULL) == 0);
+	await(blocked_tid && waits_in_read(blocked_tid));
+	check(pthread_cancel(thread) == 0);
+	check(pthread_join(thread, &result) == 0);
+	check(result == PTHREAD_CANCELED);
+}
+
+static int regular;
+static int point;
+static pthread_barrier_t barrier;
+static volatile int passed;
+
+// Arrives at each cancellation point with the cancellation pending.
+static void *arrive(void *unused)
+{
+	static char buffer[2 * PAGE];
+	struct iovec vector = {buffer, sizeof(buffer)};
+	int state;
+
+	(void)unused;
+	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
+	pthread_barrier_wait(&barrier);
+	pthread_barrier_wait(&barrier); // now it is pending
+	// While it is disabled nothing happens.
+	(void)!pread(regular, buffer, sizeof(buffer), 0);
+	passed = 1;
+	pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &state);
+	switch (point) {
+	case 0:
+		(void)!read(regular, buffer, sizeof(buffer));
+		break;
+	case 1:
+		(void)!pread(regular, buffer, sizeof(buffer), 0);
+		break;
+	case 2:
+		(void)!readv(regular, &vector, 1);
+		break;
+	case 3:
+		(void)!preadv(regular, &vector, 1, 0);
+		break;
+	case 4:
+		(void)!write(regular, buffer, sizeof(buffer));
+		break;
+	case 5:
+		(void)!pwrite(regular, buffer, sizeof(buffer), 0);
+		break;
+	case 6:
+		(void)!writev(regular, &vector, 1);
+		break;
+	case 7:
+		(void)!pwritev(regular, &vector, 1, 0);
+		break;
+	default:
+		close(regular);
+		break;
+	}
+	passed = 2;
+	return NULL;
+}
+
+static void every_cancellation_point(void)
+{
+	await_agent();
+	for (point = 0; point < 9; point++) {
+		pthread_t thread;
+		void *result;
+
+		regular = memfd_create("regular", 0);
+		check(ftruncate(regular, 4 * PAGE) == 0);
+		passed = 0;
+		check(pthread_barrier_init(&barrier, NULL, 2) == 0);
+		check(pthread_create(&thread, NULL, arrive, NULL) == 0);
+		pthread_barrier_wait(&barrier);
+		check(pthread_cancel(thread) == 0);
+		pthread_barrier_wait(&barrier);
+		check(pthread_join(thread, &result) == 0);
+		check(result == PTHREAD_CANCELED && passed == 1);
+		close(regular);
+	}
+}
+
+static void *other_thread(void *unused)
+{
+	return unused;
+}
+
+// POSIX lets even the only thread cancel itself.
+static void only_thread_cancels_itself(void)
+{
+	char buffer[16];
+	int ends[2];
+	pid_t pid;
+
+	await_agent();
+	check(pipe(ends) == 0);
+	pid = fork();
+	if (pid == 0) {
+		check(write(ends[1], "x", 1) == 1);
+		check(pthread_cancel(pthread_self()) == 0);
+		(void)!read(ends[0], buffer, 1);
+		_exit(77); // not reached
+	}
+	check(wait_child(pid) == 0);
+}
+
+// ---- threads ----
+
+static void *last_thread(void *unused)
+{
+	(void)unused;
+	breathe();
+	return NULL;
+}
+
+static void main_thread_exits(void)
+{
+	pid_t pid;
+
+	await_agent();
+	merged(PAGES, 1, WHOLE, NULL);
+	pid = fork();
+	if (pid == 0) {
+		pthread_t thread;
+
+		if (wrapped())
+			await(stats().merging); // its agent's threads must not keep it alive
+		check(pthread_create(&thread, NULL, last_thread, NULL) == 0);
+		pthread_exit(NULL);
+	}
+	check(wait_child(pid) == 0);
+	pthread_exit(NULL);
+}
+
+static void single_threaded_to_libc(void)
+{
+	pthread_t thread;
+	char *at;
+
+	await_agent();
+	check(__libc_single_threaded == 1);
+	at = merged(PAGES, 1, WHOLE, NULL);
+	at[0] ^= 1;
+	check(__libc_single_threaded == 1);
+	check(pthread_create(&thread, NULL, other_thread, NULL) == 0);
+	check(pthread_join(thread, NULL) == 0);
+}
+
+// ---- signals ----
+
+static volatile unsigned handled;
+
+static void map_something(int number)
+{
+	char *at = mmap(NULL, 3 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	(void)number;
+	check(at != MAP_FAILED);
+	at[0] = 1;
+	check(madvise(at, PAGE, MADV_DONTNEED) == 0 && at[0] == 0);
+	check(mprotect(at, PAGE, PROT_READ) == 0);
+	check(munmap(at, 3 * PAGE) == 0);
+	handled++;
+}
+
+// The handler's hooks run inside hooks of the thread it interrupted, which works on merged memory.
+static void handler_maps_while_main_unmaps(void)
+{
+	struct sigaction action = {.sa_handler = map_something, .sa_flags = SA_RESTART};
+	struct itimerval often = {{0, 300}, {0, 300}}, never = {{0, 0}, {0, 0}};
+	char *twin = plain(PAGES);
+
+	fill(twin, PAGES, 1, WHOLE, 0);
+	await_agent();
+	sigaction(SIGALRM, &action, NULL);
+	for (unsigned round = 0; round < 12 || handled < 200; round++) {
+		char *at = plain(PAGES);
+
+		fill(at, PAGES, 1, WHOLE, 0);
+		await_merged(at, PAGES, WHOLE);
+		setitimer(ITIMER_REAL, &often, NULL);
+		for (unsigned turn = 0; turn < 200; turn++) {
+			char *churn = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+			churn[0] = 1;
+			check(munmap(churn, PAGE) == 0);
+		}
+		for (size_t i = 0; i < PAGES; i += 4) {
+			at[i * PAGE] ^= 1;
+			check(madvise(at + (i + 1) * PAGE, PAGE, MADV_DONTNEED) == 0);
+			check(is_zero(at + (i + 1) * PAGE, 1));
+			check(munmap(at + (i + 2) * PAGE, PAGE) == 0);
+			check(page_is(at + (i + 3) * PAGE, 1, i + 3));
+		}
+		setitimer(ITIMER_REAL, &never, NULL);
+		check(munmap(at, PAGES * PAGE) == 0);
+	}
+	check(intact(twin, PAGES, 1, WHOLE, 0));
+}
+
+// A signal of the application never arrives at an agent's thread, and interrupts what it would interrupt.
+static void signals_interrupt(void)
+{
+	struct sigaction action = {.sa_handler = map_something}; // no SA_RESTART
+	struct itimerval once = {{0, 0}, {0, 20000}};
+	int ends[2];
+	char byte;
+
+	await_agent();
+	check(pipe(ends) == 0);
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &once, NULL);
+	check(read(ends[0], &byte, 1) == -1 && errno == EINTR);
+	check(handled == 1);
+}
+
+// ---- descriptors ----
+
+static void pipe_ends_at_once(void)
+{
+	int ends[2];
+	char byte;
+	pid_t pid;
+
+	// One pipe made before anything joined may be held by nobody else either.
+	check(pipe(ends) == 0);
+	await_agent();
+	check(close(ends[1]) == 0);
+	check(read(ends[0], &byte, 1) == 0);
+	close(ends[0]);
+	check(pipe(ends) == 0);
+	merged(PAGES, 1, WHOLE, NULL);
+	pid = fork();
+	if (pid == 0) {
+		close(ends[1]);
+		_exit(read(ends[0], &byte, 1) == 0 ? 42 : 1);
+	}
+	close(ends[1]);
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	check(read(ends[0], &byte, 1) == 0);
+}
+
+// Prints what a wrapped and a bare process must have alike.
+static void print_descriptors(void)
+{
+	await_agent();
+	merged(PAGES, 1, WHOLE, NULL);
+	for (int fd = 0; fd < 1024; fd++) {
+		if (fcntl(fd, F_GETFD) >= 0)
+			printf("%d\n", fd);
+	}
+	printf("next %d\n", open("/dev/null", O_RDONLY));
+	printf("next %d\n", dup(0));
+}
+
+// ---- limits ----
+
+static void standard_descriptors_closed(void)
+{
+	// The test started us with none.
+	int fd = open("/dev/null", O_RDWR);
+
+	check(fd == 0);
+	await_agent();
+	check(open("/dev/null", O_RDWR) == 1 && open("/dev/null", O_RDWR) == 2);
+	check(intact(merged(PAGES, 1, WHOLE, NULL), PAGES, 1, WHOLE, 0));
+}
+
+static void no_descriptor_free(void)
+{
+	struct rlimit limit = {3, 3};
+	char *at, *twin;
+
+	at = merged(PAGES, 1, WHOLE, &twin);
+	check(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+	check(open("/dev/null", O_RDONLY) == -1 && errno == EMFILE);
+	fill(at, PAGES, 2, WHOLE, 0);
+	check(intact(at, PAGES, 2, WHOLE, 0) && intact(twin, PAGES, 1, WHOLE, 1));
+	check(munmap(twin, PAGES * PAGE) == 0);
+}
+
+static void no_descriptor_free_mremap(void)
+{
+	struct rlimit limit = {3, 3};
+	char *at = merged(PAGES, 1, CUT, NULL);
+	char *now;
+
+	check(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+	now = mremap(at, PAGES * PAGE, 2 * PAGES * PAGE, MREMAP_MAYMOVE);
+	check(now != MAP_FAILED);
+	check(intact(now, PAGES, 1, CUT, 0) && is_zero(now + PAGES * PAGE, PAGES));
+}
+
+static void works_under_limits(void)
+{
+	// Under a limit set by the test: merging may be impossible, the program must not notice.
+	char *at = plain(PAGES);
+	double until = seconds() + 0.3;
+
+	fill(at, PAGES, 1, WHOLE, 0);
+	while (seconds() < until) {
+		char *churn = malloc(300000);
+
+		check(churn);
+		churn[0] = 1;
+		free(churn);
+		check(WEXITSTATUS(system("exit 3")) == 3);
+		check(intact(at, PAGES, 1, WHOLE, 0));
+	}
+}
+
+// ---- identity ----
+
+static void drops_privileges(void)
+{
+	char *twin;
+	char *at = merged(PAGES, 1, WHOLE, &twin);
+
+	check(setresgid(1000, 1000, 1000) == 0);
+	check(setresuid(1000, 1000, 1000) == 0);
+	check(getuid() == 1000 && geteuid() == 1000);
+	check(setuid(0) == -1 && errno == EPERM);
+	at[0] ^= 1;
+	at[0] ^= 1;
+	check(intact(at, PAGES, 1, WHOLE, 0) && intact(twin, PAGES, 1, WHOLE, 1));
+	check(munmap(twin, PAGES * PAGE) == 0);
+	fill(at, PAGES, 2, WHOLE, 0);
+	check(intact(at, PAGES, 2, WHOLE, 0));
+}
+
+static void unshares(int flags)
+{
+	char *at = merged(PAGES, 1, WHOLE, NULL);
+
+	check(unshare(flags) == 0);
+	fill(at, PAGES, 2, WHOLE, 0);
+	check(intact(at, PAGES, 2, WHOLE, 0));
+}
+
+static void unshares_mounts(void)
+{
+	unshares(CLONE_NEWNS);
+}
+
+static void unshares_much(void)
+{
+	unshares(CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWPID | CLONE_FILES | CLONE_FS | CLONE_SYSVSEM);
+}
+
+static void unshares_users(void)
+{
+	// The kernel refuses this to processes with threads, and the agent has two; the README says so.
+	check(unshare(CLONE_NEWUSER) == -1 && errno == EINVAL);
+}
+
+static void enters_mount_namespace(void)
+{
+	int fd = open("/proc/self/ns/mnt", O_RDONLY);
+
+	merged(PAGES, 1, WHOLE, NULL);
+	check(fd >= 0);
+	check(setns(fd, CLONE_NEWNS) == 0);
+}
+
+static const struct test_case cases[] = {
+	{"child-keeps-pages-merged", child_keeps_pages_merged},
+	{"child-before-its-agent", child_before_its_agent},
+	{"child-joins-and-merges", child_joins_and_merges},
+	{"shared-with-a-child-then-merged", shared_with_a_child_then_merged},
+	{"other-programs", other_programs},
+	{"cloned", cloned},
+	{"written-by-a-debugger", written_by_a_debugger},
+	{"cancelled-while-blocked", cancelled_while_blocked},
+	{"every-cancellation-point", every_cancellation_point},
+	{"only-thread-cancels-itself", only_thread_cancels_itself},
+	{"main-thread-exits", main_thread_exits},
+	{"single-threaded-to-libc", single_threaded_to_libc},
+	{"handler-maps-while-main-unmaps", handler_maps_while_main_unmaps},
+	{"signals-interrupt", signals_interrupt},
+	{"pipe-ends-at-once", pipe_ends_at_once},
+	{"print-descriptors", print_descriptors},
+	{"standard-descriptors-closed", standard_descriptors_closed},
+	{"no-descriptor-free", no_descriptor_free},
+	{"no-descriptor-free-mremap", no_descriptor_free_mremap},
+	{"works-under-limits", works_under_limits},
+	{"drops-privileges", drops_privileges},
+	{"unshares-mounts", unshares_mounts},
+	{"unshares-much", unshares_much},
+	{"unshares-users", unshares_users},
+	{"enters-mount-namespace", enters_mount_namespace},
+};
+
+int main(int argc, char **argv)
+{
+	(void)argc;
+	return run_case(cases, sizeof(cases) / sizeof(cases[0]), argv[1]);
+}

@@ -1,0 +1,100 @@
+"""The interfaces for programs that cooperate knowingly, in C and in Python."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+from agent.conftest import LIBRARY, Wrapper
+from support.engine import Engine
+
+PROGRAM = Path(__file__).parent / "programs" / "api.c"
+
+pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
+
+
+@pytest.mark.parametrize("case", ["joins", "no-engine", "refused", "bad-arguments"])
+def test_c(bare: Wrapper, compile_c: Callable[..., Path], shared_engine: Engine, tmp_path: Path, case: str) -> None:
+    program = compile_c(PROGRAM, "-Inative", "-pthread", str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}")
+    socket = tmp_path / "nobody" if case == "no-engine" else shared_engine.socket
+    bare.check(program, case, str(socket))
+
+
+def test_c_joins_among_threads(bare: Wrapper, compile_c: Callable[..., Path], shared_engine: Engine) -> None:
+    """Other threads are in and out of the functions while these are hooked: many times, as the moment is short."""
+    program = compile_c(PROGRAM, "-Inative", "-pthread", str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}")
+    for _ in range(15):
+        bare.check(program, "joins-among-threads", shared_engine.socket)
+
+
+def run_python(text: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", text, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_python_joins_and_merges(shared_engine: Engine) -> None:
+    done = run_python(
+        """
+import mmap, os, sys, time
+import udedup
+try:
+    udedup.stats()
+except udedup.UdedupError as error:
+    assert "udedup.join()" in str(error)
+else:
+    raise SystemExit("stats before join")
+try:
+    udedup.advise(bytearray(8192))
+except udedup.UdedupError as error:
+    assert "udedup.join()" in str(error)
+else:
+    raise SystemExit("advise before join")
+udedup.join(sys.argv[1])
+udedup.join(sys.argv[1])
+content = os.urandom(64 * 4096)
+areas = [mmap.mmap(-1, len(content), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+for area in areas:
+    area[:] = content
+before = udedup.stats().hints
+deadline = time.monotonic() + 30
+while udedup.stats().pages_merged < 128:
+    for area in areas:
+        udedup.advise(area)
+    assert time.monotonic() < deadline, udedup.stats()
+    time.sleep(0.02)
+stats = udedup.stats()
+assert stats.merging and stats.reason == "" and stats.runs >= 2 and stats.hints > before, stats
+areas[0][0] = content[0] ^ 1
+assert areas[0][1:] == content[1:] and areas[1][:] == content
+assert udedup.stats().break_pages >= 1
+print("fine")
+""",
+        shared_engine.socket,
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+def test_python_without_an_engine(tmp_path: Path) -> None:
+    socket = tmp_path / "nobody"
+    done = run_python("import sys, udedup\nudedup.join(sys.argv[1])", socket)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"udedup.errors.UdedupError: no engine answers at {socket}; start one with `udedup engine`"
+    )
+
+
+def test_python_refused(shared_engine: Engine) -> None:
+    # The root user may have any label; one that is none is refused.
+    done = run_python("import sys, udedup\nudedup.join(sys.argv[1], 'x' * 64)", shared_engine.socket)
+    assert done.returncode == 1
+    assert "joining the engine failed: File name too long" in done.stderr
+
+
+def test_digest_is_xxh3_128(compile_c: Callable[..., Path], tmp_path: Path) -> None:
+    program = compile_c(PROGRAM.with_name("digest.c"), "-Inative")
+    pages = [bytes(4096), b"\xff" * 4096, *(os.urandom(4096) for _ in range(100))]
+    done = subprocess.run([str(program)], input=b"".join(pages), capture_output=True, check=True, timeout=30)
+    assert done.stdout.decode().split() == [xxhash.xxh3_128_hexdigest(page) for page in pages]

@@ -1,0 +1,224 @@
+"""A real agent and an engine that lies, talks nonsense or goes away: memory stays right whatever it says."""
+
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from agent.conftest import LIBRARY, Wrapper
+from agent.fake_engine import HEADER, PAGE, SEALS, SLOTS, FakeEngine
+from agent.puppet import PAGES, Puppet
+from support.ledger import Ledger
+
+from udedup._native import lib
+
+PROGRAM = Path(__file__).parent / "programs" / "puppet.c"
+SALT = 77
+ALL = (1 << PAGES) - 1
+MASK = 2**64 - 1
+
+pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
+
+
+def page(number: int, tag: int = 1) -> bytes:
+    """What page ``number`` of a puppet holds (word_of() in programs/merged.h)."""
+    base = (SALT * 31 + tag) * 0x9E3779B97F4A7C15 + number * 512
+    words = []
+    for word in range(PAGE // 8):
+        z = (base + word) & MASK
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK
+        words.append(z ^ z >> 31)
+    return struct.pack("<512Q", *words)
+
+
+CONTENT = b"".join(page(number) for number in range(PAGES))
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeEngine]:
+    with tempfile.TemporaryDirectory(prefix="udedup-test-", dir="/tmp") as folder:
+        fake = FakeEngine(Path(folder) / "socket")
+        yield fake
+        fake.close()
+
+
+@pytest.fixture
+def puppet(compile_c: Callable[..., Path], ledger: Ledger, fake: FakeEngine) -> Iterator[Puppet]:
+    """A puppet that has joined the fake engine, which has learnt of its memory."""
+    program = compile_c(PROGRAM, "-Inative")
+    environment = {"LD_PRELOAD": str(LIBRARY), "UDEDUP_SOCKET": str(fake.path), "SALT": str(SALT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    puppet = Puppet(Wrapper(None, ledger).start(program, extra=environment, **pipes))
+    fake.accept()
+    fake.scan()
+    yield puppet
+    assert puppet.is_right()
+    puppet.end()
+
+
+def test_merges_what_is_equal(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.merge(puppet.address, PAGES) == (ALL, 0, 0, 0, 0)
+    assert puppet.merged() == PAGES
+    status, count, _, body = fake.request(lib.UDD_RUNS, struct.pack("<Q", 0))
+    assert (status, count) == (0, 1)
+    assert struct.unpack("<QIIII", body)[:4] == (puppet.address, PAGES, 1, 0)
+    puppet.write(7)
+    assert puppet.is_right()
+    assert fake.request(lib.UDD_UNMERGE)[2] == PAGES - 1
+    assert puppet.merged() == 0
+
+
+def test_other_content_is_a_mismatch(fake: FakeEngine, puppet: Puppet) -> None:
+    wrong = bytearray(CONTENT)
+    for number in (0, 20, 63):
+        wrong[number * PAGE + 4095] ^= 1
+    assert fake.segment(1, bytes(wrong)) == 0
+    mismatch = 1 | 1 << 20 | 1 << 63
+    assert fake.merge(puppet.address, PAGES) == (ALL & ~mismatch, mismatch, 0, 0, 0)
+    assert puppet.is_right()
+    assert puppet.merged() == PAGES - 3
+    # One page off: nothing matches, though all of it is in the store.
+    assert fake.segment(2, CONTENT) == 0
+    assert fake.merge(puppet.address, 8, 2, 1)[1] == 0xFF
+    assert puppet.is_right()
+
+
+@pytest.mark.parametrize(
+    ("address", "pages"),
+    [(0, 1), (4096, 4), (0x7FFFFFFFF000, 2), (2**47, 64), (2**64 - 4096, 1), (2**64 - 8 * 4096, 16)],
+)
+def test_address_that_is_not_its_own(fake: FakeEngine, puppet: Puppet, address: int, pages: int) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    merged, mismatch, busy, gone, no_vma = fake.merge(address, pages)
+    assert (merged, mismatch, no_vma) == (0, 0, 0)
+    assert busy | gone == (1 << pages) - 1
+
+
+def test_run_that_reaches_beyond_its_memory(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    merged, _, _, gone, _ = fake.merge(puppet.address + 60 * PAGE, 8, 1, 60)
+    assert merged == 0xF
+    assert gone == 0xF0
+    assert fake.merge(puppet.address + 1, 1)[0] == 0  # not a page's address
+    assert fake.merge(puppet.address, 0)[0] == 0
+    assert fake.merge(puppet.address, 65)[0] == 0  # more than a mask can tell
+
+
+def test_slots_out_of_range(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    for slot, pages in ((SLOTS, 1), (SLOTS - 1, 2), (2**32 - 1, 1), (2**32 - 8, 16)):
+        assert fake.merge(puppet.address, pages, 1, slot) == (0, 0, 0, (1 << pages) - 1, 0)
+    assert fake.merge(puppet.address, 1, 99)[3] == 1  # no such segment
+    assert puppet.merged() == 0
+
+
+@pytest.mark.parametrize("missing", [0x1, 0x2, 0x4, 0x10, SEALS])
+def test_segment_that_could_change_is_refused(fake: FakeEngine, puppet: Puppet, missing: int) -> None:
+    assert fake.segment(1, CONTENT, seals=SEALS & ~missing) < 0
+    assert fake.merge(puppet.address, 4)[0] == 0
+
+
+def test_segment_that_is_odd_is_refused(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT, seals=SEALS & ~0x10, writable=True) < 0
+    assert fake.segment(1, CONTENT, slots=0) < 0
+    assert fake.segment(1, CONTENT, slots=SLOTS + 1) < 0  # longer than the file
+    assert fake.segment(1, CONTENT, slots=2**32 - 1) < 0
+    assert fake.request(lib.UDD_SEGMENT, struct.pack("<II", 1, SLOTS))[0] < 0  # no descriptor
+    assert fake.request(lib.UDD_SEGMENT_DROP, struct.pack("<II", 1, 0))[0] < 0
+    assert fake.merge(puppet.address, 4)[0] == 0
+    # None of which keeps a good one out.
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.request(lib.UDD_SEGMENT_DROP, struct.pack("<II", 1, 0))[0] == 0
+
+
+def test_second_segment_of_the_same_name(fake: FakeEngine, puppet: Puppet) -> None:
+    """Offered twice under one number, with other content: what is compared must be what is mapped."""
+    assert fake.segment(1, CONTENT) == 0
+    fake.segment(1, bytes(SLOTS * PAGE))
+    fake.merge(puppet.address, PAGES)
+    assert puppet.is_right()
+
+
+def test_segment_in_use_is_not_dropped(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.merge(puppet.address, 4)[0] == 0xF
+    assert fake.request(lib.UDD_SEGMENT_DROP, struct.pack("<II", 1, 0))[0] == -16
+    assert puppet.is_right()
+
+
+def test_moved_to_other_slots(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.merge(puppet.address, PAGES)[0] == ALL
+    assert fake.segment(2, bytes(PAGE) + CONTENT) == 0
+    assert fake.merge(puppet.address, PAGES, 2, 0)[1] == ALL  # off by one
+    assert fake.merge(puppet.address, PAGES, 2, 1)[0] == ALL
+    assert fake.request(lib.UDD_SEGMENT_DROP, struct.pack("<II", 1, 0))[0] == 0
+    assert puppet.merged() == PAGES
+
+
+def test_ranges_that_are_nobodys(fake: FakeEngine, puppet: Puppet) -> None:
+    for address in (0, 1, 2**47, 2**64 - 4096, puppet.address - PAGE):
+        for pages in (1, 1024, 2**32, 2**64 - 1):
+            item = struct.pack("<QQ", address, pages)
+            for kind in (lib.UDD_VISIT, lib.UDD_COPY, lib.UDD_UNMERGE):
+                assert fake.request(kind, item, 1)[0] in (0, -16)
+    body = fake.request(lib.UDD_COPY, struct.pack("<QQ", puppet.address, 2), 1)[3]
+    assert struct.unpack_from("<QQ", body) == (3, 0)
+    assert fake.area[lib.UDD_SHARED_COPY : lib.UDD_SHARED_COPY + 2 * PAGE] == CONTENT[: 2 * PAGE]
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"x",
+        bytes(24),
+        HEADER.pack(0x44445555, 99, 0, 1, 0, 0),
+        HEADER.pack(0x44445555, lib.UDD_MERGE, 512, 1, 0, 0) + bytes(24),
+        HEADER.pack(0x44445555, lib.UDD_MERGE, 65535, 1, 0, 0) + bytes(60000),
+        HEADER.pack(0x44445555, lib.UDD_VISIT, 3, 1, 0, 0) + bytes(32),
+        HEADER.pack(0x44445555, lib.UDD_SCAN, 0, 1, 0, 0),
+        HEADER.pack(0x44445555, lib.UDD_SEGMENT, 0, 1, 0, 0) + bytes(4),
+        HEADER.pack(0x44445555, lib.UDD_RUNS, 0, 1, 0, 0)[:20],
+        HEADER.pack(0x44445554, lib.UDD_SCAN, 0, 1, 0, 0) + bytes(8),
+    ],
+    ids=["byte", "zeros", "type", "short-merge", "many", "short-visit", "short-scan", "short-segment", "cut", "magic"],
+)
+def test_nonsense_ends_the_connection(fake: FakeEngine, puppet: Puppet, packet: bytes) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.merge(puppet.address, PAGES)[0] == ALL
+    fake.send(packet)
+    assert fake.link.recv(65536) == b""
+    assert puppet.is_right()
+    puppet.write(3)
+    assert puppet.is_right()
+    # It comes back, and says that it was here before.
+    hello = fake.accept()
+    assert struct.unpack_from("<II", hello, HEADER.size)[1] & lib.UDD_HELLO_REJOIN
+    assert fake.scan()
+
+
+def test_engine_that_is_gone_before_the_answer(fake: FakeEngine, puppet: Puppet) -> None:
+    assert fake.segment(1, CONTENT) == 0
+    run = struct.pack("<QIIII", puppet.address, PAGES, 1, 0, 0)
+    fake.send(fake.header(lib.UDD_MERGE, 1) + run)
+    fake.hang_up()
+    fake.accept()
+    assert puppet.is_right()
+    assert fake.scan()
+
+
+def test_descriptors_nobody_asked_for_are_not_kept(fake: FakeEngine, puppet: Puppet) -> None:
+    (worker,) = [
+        task
+        for task in Path(f"/proc/{puppet.process.pid}/task").iterdir()
+        if (task / "comm").read_text().startswith("udedup")
+    ][:1]
+    before = len(list((worker / "fd").iterdir()))
+    with open("/dev/null", "rb") as null:  # noqa: PTH123
+        for _ in range(10):
+            fake.request(lib.UDD_RUNS, struct.pack("<Q", 0), descriptors=[null.fileno()])
+            fake.request(lib.UDD_RUNS, struct.pack("<Q", 0), descriptors=[null.fileno()] * 5)
+    assert len(list((worker / "fd").iterdir())) <= before

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: MIT
+// The map lock: exclusion under many threads, and who goes before whom.
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#include "agent/lock.h"
+#include "agent/util.h"
+#include "unit.h"
+
+enum { READERS = 4, WRITERS = 2, TIMED = 2, URGENT = 1 };
+
+static const uint64_t SECOND = 1000000000;
+static const uint32_t WAITING = 1U << 30; // as in lock.c
+static const uint64_t ROUNDS = 1000; // of each writer
+
+static struct udd_lock lock;
+static uint64_t left, right; // protected by the lock, and equal whenever nobody holds it exclusively
+static atomic_uint_least64_t timed_in, timed_out;
+static atomic_bool stop;
+
+static void write_both(void)
+{
+	left++;
+	sched_yield();
+	right++;
+}
+
+static void *reader(void *urgent)
+{
+	for (uint64_t i = 0; !stop; i++) {
+		if (!urgent)
+			udd_lock_shared(&lock);
+		else if (i % 2)
+			udd_lock_shared_urgent(&lock);
+		else if (!udd_trylock_shared_urgent(&lock))
+			continue;
+		check(left == right);
+		udd_unlock_shared(&lock);
+		if (urgent)
+			sched_yield();
+	}
+	return NULL;
+}
+
+static void *writer(void *unused)
+{
+	(void)unused;
+	for (uint64_t i = 0; i < ROUNDS; i++) {
+		udd_lock_exclusive(&lock, (int32_t)(i + 1));
+		check(left == right);
+		check(lock.owner == (int32_t)(i + 1));
+		write_both();
+		udd_unlock_exclusive(&lock);
+	}
+	return NULL;
+}
+
+static void *timed_writer(void *unused)
+{
+	(void)unused;
+	for (uint64_t i = 0; i < ROUNDS; i++) {
+		if (!udd_lock_exclusive_timed(&lock, i % 50 * 1000)) {
+			timed_out++;
+			continue;
+		}
+		timed_in++;
+		check(left == right && lock.owner == 0);
+		write_both();
+		udd_unlock_exclusive(&lock);
+	}
+	return NULL;
+}
+
+// Ends only if no writer is starved, for readers run until they are through.
+static void exclusion(void)
+{
+	pthread_t readers[READERS + URGENT], writers[WRITERS + TIMED];
+
+	for (int i = 0; i < READERS + URGENT; i++)
+		check(!pthread_create(&readers[i], NULL, reader, i < READERS ? NULL : &lock));
+	for (int i = 0; i < WRITERS + TIMED; i++)
+		check(!pthread_create(&writers[i], NULL, i < WRITERS ? writer : timed_writer, NULL));
+	for (int i = 0; i < WRITERS + TIMED; i++)
+		check(!pthread_join(writers[i], NULL));
+	stop = true;
+	for (int i = 0; i < READERS + URGENT; i++)
+		check(!pthread_join(readers[i], NULL));
+	check(left == right);
+	check(left == WRITERS * ROUNDS + timed_in);
+	check(timed_in > 0);
+	check(lock.state == 0 && lock.waiters == 0 && lock.owner == 0);
+}
+
+static atomic_int order, writer_turn, reader_turn;
+
+static void *late_writer(void *unused)
+{
+	(void)unused;
+	check(udd_lock_exclusive(&lock, 0)); // had to wait
+	writer_turn = ++order;
+	udd_unlock_exclusive(&lock);
+	return NULL;
+}
+
+static void *late_reader(void *unused)
+{
+	(void)unused;
+	check(udd_lock_shared(&lock)); // had to wait
+	reader_turn = ++order;
+	udd_unlock_shared(&lock);
+	return NULL;
+}
+
+static void await_state(uint32_t bits)
+{
+	uint64_t deadline = udd_now() + 30 * SECOND;
+
+	while ((__atomic_load_n(&lock.state, __ATOMIC_SEQ_CST) & bits) != bits) {
+		check(udd_now() < deadline);
+		sched_yield();
+	}
+}
+
+static void await_sleepers(uint32_t count)
+{
+	uint64_t deadline = udd_now() + 30 * SECOND;
+
+	while (__atomic_load_n(&lock.waiters, __ATOMIC_SEQ_CST) < count) {
+		check(udd_now() < deadline);
+		sched_yield();
+	}
+}
+
+static void waiting_writer_goes_first(void)
+{
+	pthread_t write, read;
+
+	check(!udd_lock_shared(&lock)); // need not wait
+	check(!pthread_create(&write, NULL, late_writer, NULL));
+	await_state(WAITING);
+	check(!pthread_create(&read, NULL, late_reader, NULL));
+	await_sleepers(2);
+	// Both wait, yet whoever is urgent passes them.
+	udd_lock_shared_urgent(&lock);
+	check(udd_trylock_shared_urgent(&lock));
+	check(writer_turn == 0 && reader_turn == 0);
+	udd_unlock_shared(&lock);
+	udd_unlock_shared(&lock);
+	check(writer_turn == 0 && reader_turn == 0);
+	udd_unlock_shared(&lock);
+	check(!pthread_join(write, NULL));
+	check(!pthread_join(read, NULL));
+	check(writer_turn == 1 && reader_turn == 2);
+	check(lock.state == 0);
+}
+
+static void giving_up(void)
+{
+	pthread_t write;
+	uint64_t started = udd_now();
+
+	udd_lock_shared(&lock);
+	check(!udd_lock_exclusive_timed(&lock, SECOND / 50));
+	check(udd_now() - started >= SECOND / 50 && udd_now() - started < 20 * SECOND);
+	// Nobody waits any more, so readers come in without waiting.
+	check(lock.state == 1);
+	check(!udd_lock_shared(&lock));
+	udd_unlock_shared(&lock);
+	// One that gives up must not make another forget that it waits.
+	writer_turn = 0;
+	check(!pthread_create(&write, NULL, late_writer, NULL));
+	await_sleepers(1);
+	check(!udd_lock_exclusive_timed(&lock, SECOND / 50));
+	await_state(WAITING);
+	check(writer_turn == 0);
+	udd_unlock_shared(&lock);
+	check(!pthread_join(write, NULL));
+	check(writer_turn > 0 && lock.state == 0);
+}
+
+static void owner(void)
+{
+	check(!udd_lock_exclusive(&lock, 4711));
+	check(lock.owner == 4711);
+	check(!udd_trylock_shared_urgent(&lock));
+	check(!udd_lock_exclusive_timed(&lock, 1000));
+	check(lock.owner == 4711);
+	udd_unlock_exclusive(&lock);
+	check(lock.owner == 0);
+	check(udd_lock_exclusive_timed(&lock, 1000));
+	check(lock.owner == 0);
+	udd_unlock_exclusive(&lock);
+	check(udd_trylock_shared_urgent(&lock));
+	udd_unlock_shared(&lock);
+	check(lock.state == 0);
+}
+
+int main(void)
+{
+	owner();
+	giving_up();
+	order = writer_turn = reader_turn = 0;
+	waiting_writer_goes_first();
+	exclusion();
+	return 0;
+}

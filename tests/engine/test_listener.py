@@ -1,0 +1,110 @@
+"""Whose socket file is it? One line for each way it can be somebody else's."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from udedup.engine.listener import listening
+from udedup.errors import UdedupError
+
+
+def refusal(path: Path) -> str:
+    """What is said when the engine can't listen on ``path``."""
+    with pytest.raises(UdedupError) as caught, listening(path, None):
+        pass
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_listens_and_cleans_up(socket_path: Path) -> None:
+    with listening(socket_path, 0o640):
+        assert stat.S_IMODE(socket_path.stat().st_mode) == 0o640
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(socket_path))
+    assert not socket_path.exists()
+
+
+def test_second_engine(socket_path: Path) -> None:
+    with listening(socket_path, None):
+        assert f"an engine runs on {socket_path} already" in refusal(socket_path)
+        assert socket_path.is_socket()
+
+
+def test_busy_engine_is_not_stale(socket_path: Path) -> None:
+    """A full queue of connections refuses with EAGAIN, which is no sign of death."""
+    clients = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as busy:
+        busy.bind(str(socket_path))
+        busy.listen(0)
+        try:
+            for _ in range(5):
+                client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+                clients.append(client)
+                try:
+                    client.connect(str(socket_path))
+                except BlockingIOError:
+                    break
+            else:
+                pytest.fail("the queue never filled")
+            assert "already" in refusal(socket_path)
+        finally:
+            for client in clients:
+                client.close()
+
+
+def test_stale_socket_is_replaced(socket_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as old:
+        old.bind(str(socket_path))
+        old.listen()
+    with listening(socket_path, None), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(socket_path))
+
+
+def test_something_else_of_that_name(socket_path: Path) -> None:
+    socket_path.write_text("precious")
+    assert "is no socket" in refusal(socket_path)
+    assert socket_path.read_text() == "precious"
+
+
+def test_socket_of_another_type(socket_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(str(socket_path))
+        other.listen()
+        assert "already" in refusal(socket_path)
+    assert socket_path.is_socket()
+
+
+def test_dangling_link_is_left_alone(socket_path: Path) -> None:
+    socket_path.symlink_to("/nonexistent")
+    assert "is no socket" in refusal(socket_path)
+    assert socket_path.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_socket_of_somebody_else(socket_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(str(socket_path))
+    os.chown(socket_path, 12345, 12345)
+    assert "belongs to uid 12345" in refusal(socket_path)
+    assert socket_path.is_socket()
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    assert "no folder" in refusal(tmp_path / "missing" / "socket")
+
+
+def test_path_too_long(tmp_path: Path) -> None:
+    assert "no socket at" in refusal(tmp_path / ("x" * 120))
+
+
+def test_a_newer_engine_s_socket_is_not_removed(socket_path: Path) -> None:
+    with listening(socket_path, None):
+        socket_path.unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as newer:
+            newer.bind(str(socket_path))
+            newer.listen()
+            before = socket_path.stat().st_ino
+    assert socket_path.stat().st_ino == before

@@ -1,0 +1,232 @@
+"""Small parts: configuration, domains, lead times, what the kernel says, the control client without an engine."""
+
+import json
+import mmap
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udedup._native import ffi, lib
+from udedup.engine import control, kernel, maplimit
+from udedup.engine.accounting import LeadTimes
+from udedup.engine.config import EngineConfig
+from udedup.engine.domain import DomainRules
+from udedup.engine.wire import HEADER, SHARED_BYTES, refusal
+from udedup.errors import UdedupError
+
+PAGE = 4096
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"policy": "magic"}, "magic"),
+        ({"pages_to_scan": 0}, "at least 1"),
+        ({"sleep_millisecs": -1}, "-1 ms"),
+        ({"hint_runs": 0, "scan_runs": 0}, "0:0"),
+        ({"hint_runs": -1}, "-1:1"),
+        ({"hint_slots": 0}, "hint slots"),
+        ({"images": ((None, Path("/x")),)}, "mount"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(UdedupError, match=text):
+        EngineConfig(**settings).check()
+
+
+def test_default_settings_are_possible() -> None:
+    EngineConfig().check()
+
+
+@pytest.mark.parametrize(
+    ("uid", "label", "allowed"),
+    [(1000, "", True), (0, "x", True), (500, "x", True), (1000, "x", False), (1000, "a", True), (1001, "a", False)],
+)
+def test_domain_rules(uid: int, label: str, allowed: bool) -> None:
+    assert DomainRules(500, frozenset({(1000, "a")})).permits(uid, label) is allowed
+
+
+def test_layout_of_the_shared_area() -> None:
+    """The parts lie one after the other and fit."""
+    parts = [
+        (lib.UDD_SHARED_STATS, ffi.sizeof("struct udd_stats")),
+        (lib.UDD_SHARED_HINTS, ffi.sizeof("struct udd_hint_ring")),
+        (lib.UDD_SHARED_DROPS, ffi.sizeof("struct udd_drop_ring")),
+        (lib.UDD_SHARED_COPY, lib.UDD_COPY_MAX * PAGE),
+    ]
+    ends = [start + size for start, size in parts]
+    starts = [start for start, _ in parts[1:]] + [SHARED_BYTES]
+    assert all(end <= start for end, start in zip(ends, starts, strict=True))
+    assert all(start % PAGE == 0 for start, _ in parts)
+    assert HEADER.size == ffi.sizeof("struct udd_header")
+
+
+def test_long_reasons_are_cut() -> None:
+    message = refusal(lib.UDD_BYE, "ä" * 200)
+    assert len(message) == ffi.sizeof("struct udd_refused")
+    assert message[-1] == 0
+
+
+# ---- lead times ----
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99]))
+def test_percentiles(nanoseconds: list[int], fraction: float) -> None:
+    """At most a quarter above the true value, never below it."""
+    times = LeadTimes()
+    run, result = ffi.new("struct udd_run[1]"), ffi.new("struct udd_merge_result[1]")
+    run[0].pages, result[0].merged = 1, 1
+    hinted = ffi.new("struct udd_hinted[1]")
+    for lead in nanoseconds:
+        hinted[0].nanoseconds = 10**13 - lead
+        lib.udd_hinted_leads(hinted, 1, run, result, 1, 10**13, times.histogram)
+    ordered = sorted(nanoseconds)
+    true = next(value for rank, value in enumerate(ordered, 1) if rank >= fraction * len(ordered)) / 1e9
+    found = times.percentile(fraction)
+    assert found is not None
+    assert true < found <= 1.25 * true + 1e-9
+
+
+def test_percentiles_of_nothing() -> None:
+    assert LeadTimes().percentile(0.5) is None
+
+
+# ---- the kernel's numbers ----
+
+
+def store_mapping(pages: int, name: str = "udedup-store-1") -> tuple[int, mmap.mmap]:
+    """A memfd like a segment, mapped private and read."""
+    descriptor = os.memfd_create(name)
+    os.write(descriptor, os.urandom(pages * PAGE))
+    mapping = mmap.mmap(descriptor, pages * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    assert sum(mapping[i * PAGE] for i in range(pages)) >= 0
+    return descriptor, mapping
+
+
+def test_smaps_of_ourselves() -> None:
+    before = kernel.read_smaps(None)
+    first, merged = store_mapping(100)
+    second, other = store_mapping(100, "something-else")
+    comparing = mmap.mmap(first, 100 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
+    assert sum(comparing[i * PAGE] for i in range(100)) >= 0
+    merged[0] = 1
+    after = kernel.read_smaps(os.getpid())
+    assert after.merged_rss - before.merged_rss == 100 * PAGE
+    assert after.merged_anonymous - before.merged_anonymous == PAGE
+    assert after.store_pss - before.store_pss == 101 * PAGE
+    for mapping in (merged, other, comparing):
+        mapping.close()
+    os.close(first)
+    os.close(second)
+
+
+def sums(*, merged: int = 0, anonymous: int = 0, store: int = 0, private: int = 0) -> kernel.Smaps:
+    """Numbers of one process, in pages."""
+    return kernel.Smaps(
+        pss=(store + private) * PAGE,
+        store_pss=store * PAGE,
+        merged_rss=merged * PAGE,
+        merged_anonymous=anonymous * PAGE,
+    )
+
+
+def test_saved_by_the_kernels_account() -> None:
+    """Two processes that share 100 pages, of which each has written to 10 of its own, save what they still share."""
+    agents = tuple(sums(merged=100, anonymous=10, store=50 + 10, private=7) for _ in range(2))
+    view = kernel.KernelView(engine=sums(private=3), agents=agents, unreadable=0)
+    assert view.saved == (90 + 90 - 100) * PAGE
+    assert view.pss == (2 * 67 + 3) * PAGE
+
+
+def test_missing_processes_are_counted() -> None:
+    assert kernel.look([2**22 + 1]).unreadable == 1
+    with pytest.raises(OSError, match="No such file"):
+        kernel.read_smaps(2**22 + 1)
+
+
+# ---- mapping limit ----
+
+
+def test_mapping_limit_leaves_a_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tmp_path / "max_map_count"
+    setting.write_text("65530\n")
+    monkeypatch.setattr(maplimit, "MAX_MAP_COUNT", setting)
+    assert maplimit.vma_limit() == 61435
+    with maplimit.raised(1_000_000):
+        assert setting.read_text() == "1000000\n"
+    assert setting.read_text() == "65530\n"
+    with maplimit.raised(100):
+        assert setting.read_text() == "65530\n"
+    with maplimit.raised(None):
+        assert setting.read_text() == "65530\n"
+
+
+# ---- the control client ----
+
+
+def answered(path: Path, packets: list[bytes]) -> Any:
+    """What the client makes of these packets."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                for packet in packets:
+                    connection.send(packet)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            return control.request(path, {"op": "status"}, seconds=5)
+        finally:
+            thread.join()
+
+
+def test_answer_in_parts(socket_path: Path) -> None:
+    raw = json.dumps({"ok": True, "result": list(range(1000))}).encode()
+    assert answered(socket_path, [b"+" + raw[:100], b"+" + raw[100:200], b"." + raw[200:]]) == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("packets", "text"),
+    [
+        ([b'.{"ok": false, "error": "no such thing"}'], "no such thing"),
+        ([b".not json"], "does not answer like an engine"),
+        ([b'.["ok"]'], "does not answer like an engine"),
+        ([b'.{"fine": 1}'], "does not answer like an engine"),
+        ([b'+{"ok": true'], "closed the connection"),
+        ([], "closed the connection"),
+    ],
+)
+def test_bad_answers(socket_path: Path, packets: list[bytes], text: str) -> None:
+    with pytest.raises(UdedupError, match=text) as caught:
+        answered(socket_path, packets)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_engine(socket_path: Path) -> None:
+    with pytest.raises(UdedupError, match="no engine listens at"):
+        control.request(socket_path, {"op": "status"})
+
+
+def test_a_name_too_long_for_a_socket() -> None:
+    with pytest.raises(UdedupError, match="failed"):
+        control.request(Path("/" + "x" * 200), {"op": "status"})
+
+
+def test_the_client_starts_fast() -> None:
+    """`udedup run` pays for every import."""
+    import subprocess
+    import sys
+
+    code = "import sys, udedup.engine.control; print(*sorted({'trio', 'msgspec', 'attr', 'cffi'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

@@ -1,0 +1,158 @@
+"""The scheduler's pacing, against a model of the engine and trio's mock clock: no real time passes."""
+
+import itertools
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from udedup.engine.scheduler import Policy, Scheduler, Step, policy_named
+
+PAGES = 100
+
+
+@attrs.define
+class Model:
+    """Keeps a diary of (time, what, pages)."""
+
+    hints: int = 0
+    """Hinted pages that wait."""
+    round_pages: int = 1000
+    """Pages of a full round."""
+    merges_per_round: int = 0
+    scan_seconds: float = 0.0
+    """Time one scan call takes."""
+    present: bool = True
+    merged: int = 0
+    position: int = 0
+    diary: list[tuple[float, str, int]] = attrs.field(factory=list)
+    changed: trio.Event = attrs.field(factory=trio.Event)
+
+    def note(self, what: str, pages: int) -> None:
+        self.diary.append((trio.current_time(), what, pages))
+
+    async def wait_for_agents(self) -> None:
+        while not self.present:
+            await self.changed.wait()
+        await trio.lowlevel.checkpoint()
+
+    async def visit_hints(self, pages: int) -> int:
+        await trio.lowlevel.checkpoint()
+        taken = min(pages, self.hints)
+        self.hints -= taken
+        self.note("hints", taken)
+        return taken
+
+    async def scan(self, pages: int) -> Step:
+        await trio.sleep(self.scan_seconds)
+        taken = min(pages, self.round_pages - self.position)
+        self.position += taken
+        self.note("scan", taken)
+        if self.position < self.round_pages:
+            return Step(taken, 0)
+        self.position = 0
+        self.merged += self.merges_per_round
+        return Step(taken, 1)
+
+    async def wait_for_change(self, *, hints: bool) -> None:
+        if hints and self.hints:
+            await trio.lowlevel.checkpoint()
+            return
+        await self.changed.wait()
+
+    def pages(self, what: str) -> int:
+        return sum(pages for _, kind, pages in self.diary if kind == what)
+
+    def change(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+
+async def run_for(seconds: float, model: Model, policy: Policy, sleep_millisecs: int) -> None:
+    with trio.move_on_after(seconds):
+        await Scheduler(model, policy, pages_to_scan=PAGES, sleep_millisecs=sleep_millisecs).run()
+
+
+@pytest.mark.parametrize("policy", [Policy(0, 1), Policy(1, 1), Policy(3, 1), Policy(1, 0)])
+@pytest.mark.parametrize("hints", [0, 250, 10**9])
+async def test_load_is_the_same_whatever_the_policy(
+    policy: Policy, hints: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """pages_to_scan per sleep_millisecs, hints and scan together (XLH)."""
+    model = Model(hints=hints, round_pages=10**9)
+    await run_for(0.995, model, policy, 20)
+    assert model.pages("hints") + model.pages("scan") == 50 * PAGES
+
+
+@pytest.mark.parametrize(
+    ("runs", "part"), [((1, 1), 1 / 2), ((3, 1), 3 / 4), ((1, 4), 1 / 5), ((0, 1), 0), ((1, 0), 1)]
+)
+async def test_ratio(runs: tuple[int, int], part: float, autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(hints=10**9, round_pages=10**9)
+    await run_for(1.995, model, Policy(*runs), 10)
+    assert model.pages("hints") == part * 200 * PAGES
+
+
+async def test_leftovers_of_a_dry_hint_spurt_are_scanned(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(hints=30, round_pages=10**9)
+    await run_for(0.001, model, Policy(1, 0), 20)
+    assert [(what, pages) for _, what, pages in model.diary] == [("hints", 30), ("scan", 70)]
+
+
+async def test_linear_takes_no_hints(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(hints=1000)
+    await run_for(1, model, policy_named("linear", 1, 1), 20)
+    assert model.hints == 1000
+    assert not model.pages("hints")
+
+
+async def test_nobody_there(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(present=False)
+    await run_for(100, model, Policy(1, 1), 0)
+    assert model.diary == []
+
+
+async def test_fruitless_rounds_rest_longer_and_longer(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(scan_seconds=0.001)
+    await run_for(60, model, Policy(0, 1), 0)
+    starts = [time for time, _, _ in model.diary]
+    rests = [later - earlier for earlier, later in itertools.pairwise(starts) if later - earlier > 0.01]
+    assert rests[0] == pytest.approx(0.02, abs=0.002)
+    assert all(later == pytest.approx(2 * earlier, rel=0.1) for earlier, later in itertools.pairwise(rests[:6]))
+    assert rests[-1] == pytest.approx(1, abs=0.01)
+
+
+async def test_slow_fruitless_rounds_take_a_quarter_of_the_time_at_most(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    model = Model(scan_seconds=0.4)  # 4 s a round
+    await run_for(1000, model, Policy(0, 1), 0)
+    late = [pages for time, _, pages in model.diary if time > 500]
+    assert sum(late) / PAGES * 0.4 <= 0.27 * 500
+
+
+async def test_fruitful_rounds_don_t_rest(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(merges_per_round=1, scan_seconds=0.001)
+    await run_for(1, model, Policy(0, 1), 0)
+    assert model.pages("scan") >= 990 * PAGES
+
+
+async def test_hints_are_served_at_once_while_the_scan_rests(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(scan_seconds=0.001)
+    nursery.start_soon(run_for, 100.0, model, Policy(1, 1), 0)
+    await trio.sleep(50.3)
+    scanned = model.pages("scan")
+    model.hints = 5
+    hinted_at = trio.current_time()
+    model.change()
+    await trio.sleep(0.001)
+    assert (hinted_at, "hints", 5) in model.diary
+    assert model.pages("scan") == scanned
+
+
+def test_unknown_policy() -> None:
+    with pytest.raises(KeyError):
+        policy_named("eager", 1, 1)

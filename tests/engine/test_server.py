@@ -1,0 +1,770 @@
+"""The whole engine with fake agents: pages merge, counts agree, who misbehaves is dropped alone, with one line."""
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from engine.conftest import Running, Start
+from engine.fake_agent import HEADER, PAGE, FakeAgent, page
+
+from udedup._native import lib
+from udedup.errors import UdedupError
+
+Warnings = Callable[[], list[str]]
+BASE = 0x10000000
+
+
+def memory(count: int, *, base: int = BASE, first: int = 1) -> dict[int, bytes]:
+    """``count`` different pages in a row."""
+    return {base + i * PAGE: page(first + i) for i in range(count)}
+
+
+async def merge_all(engine: Running, *agents: FakeAgent) -> None:
+    """Waits until all pages of all agents are merged, and the engine knows."""
+    await engine.until(lambda: all(len(agent.placed) == len(agent.memory) for agent in agents), "all merged")
+
+    async def counted() -> bool:
+        status = await engine.status()
+        return bool(status["pages_shared"] + status["pages_sharing"] == sum(len(agent.memory) for agent in agents))
+
+    await engine.until(counted, "counted")
+
+
+async def candidates(engine: Running, least: int) -> None:
+    """Waits until so many pages are known."""
+
+    async def known() -> bool:
+        return bool((await engine.status())["pages_unshared"] >= least)
+
+    await engine.until(known, "known")
+
+
+async def pair(engine: Running, count: int = 300, kind: type[FakeAgent] = FakeAgent) -> tuple[FakeAgent, FakeAgent]:
+    """Two agents with the same pages at different addresses, merged."""
+    first = await engine.join(kind(engine.path, memory(count)))
+    await candidates(engine, count)
+    second = await engine.join(kind(engine.path, memory(count, base=2 * BASE)))
+    await merge_all(engine, first, second)
+    return first, second
+
+
+async def test_two_agents_share(start: Start) -> None:
+    engine = await start()
+    first, second = await pair(engine, 1000)
+    for agent in (first, second):
+        for address, content in agent.memory.items():
+            assert agent.read(address) == content
+    assert [first.placed[BASE + i * PAGE] for i in range(1000)] == [
+        second.placed[2 * BASE + i * PAGE] for i in range(1000)
+    ]
+    status = await engine.status()
+    assert status["pages_shared"] == 1000
+    assert status["pages_sharing"] == 1000
+    assert status["bytes_saved"] == 1000 * PAGE
+    assert status["pages_unshared"] == 0
+    assert status["merges"]["pages"] == 2000
+    assert status["full_scans"] > 1
+    assert [agent["pages_sharing"] for agent in status["agents"]] == [1000, 1000]
+
+
+async def test_neighbours_in_memory_are_neighbours_in_the_store(start: Start) -> None:
+    engine = await start()
+    first, second = await pair(engine, 1024)
+    for agent in (first, second):
+        slots = [slot for _, (_, slot) in sorted(agent.placed.items())]
+        assert slots == list(range(1024))
+        # 16 runs of 64 pages, but for where one scan step ended and the next began.
+        assert len(agent.run_lengths) <= 19
+
+
+async def test_those_who_start_together_get_long_runs_too(start: Start) -> None:
+    engine = await start()
+    agents = [FakeAgent(engine.path, memory(2048, base=(n + 1) * BASE)) for n in range(3)]
+    for agent in agents:
+        await engine.join(agent)
+    await merge_all(engine, *agents)
+    assert all(len(agent.run_lengths) <= 48 for agent in agents)
+
+
+async def test_self_sharing(start: Start) -> None:
+    engine = await start()
+    agent = await engine.join(FakeAgent(engine.path, memory(50) | memory(50, base=2 * BASE)))
+    await merge_all(engine, agent)
+    assert (await engine.status())["pages_shared"] == 50
+
+
+async def test_many_agents_one_slot(start: Start) -> None:
+    engine = await start()
+    agents = [await engine.join(FakeAgent(engine.path, memory(20))) for _ in range(6)]
+    await merge_all(engine, *agents)
+    status = await engine.status()
+    assert (status["pages_shared"], status["pages_sharing"]) == (20, 100)
+
+
+async def test_different_pages_stay_apart(start: Start) -> None:
+    engine = await start()
+    first = await engine.join(FakeAgent(engine.path, memory(100)))
+    second = await engine.join(FakeAgent(engine.path, memory(100, first=1000)))
+
+    async def scanned() -> bool:
+        return bool((await engine.status())["full_scans"] > 4)
+
+    await engine.until(scanned, "scanned")
+    assert not first.placed
+    assert not second.placed
+    assert (await engine.status())["pages_unshared"] == 200
+
+
+async def test_writes_break_and_merge_again(start: Start) -> None:
+    engine = await start()
+    first, second = await pair(engine, 64)
+    first.write(BASE, page(9999))
+    assert second.read(2 * BASE) == page(1)
+
+    async def noticed() -> bool:
+        status = await engine.status()
+        return (status["pages_shared"], status["pages_sharing"]) == (64, 63)
+
+    await engine.until(noticed, "the engine noticed")
+    first.write(BASE, page(1))
+    await merge_all(engine, first, second)
+    assert first.read(BASE) == page(1)
+
+
+async def test_labels_and_users_are_apart(start: Start) -> None:
+    engine = await start()
+    first = await engine.join(FakeAgent(engine.path, memory(50), label="red"))
+    second = await engine.join(FakeAgent(engine.path, memory(50), label="blue"))
+    third = await engine.join(FakeAgent(engine.path, memory(50), label="red"))
+    await merge_all_of(engine, first, third)
+    assert not second.placed
+    assert {agent["domain"] for agent in (await engine.status())["agents"]} == {"red", "blue"}
+
+
+async def merge_all_of(engine: Running, *agents: FakeAgent) -> None:
+    await engine.until(lambda: all(len(agent.placed) == len(agent.memory) for agent in agents), "merged")
+
+
+async def test_rate_limit(start: Start) -> None:
+    engine = await start(pages_to_scan=10, sleep_millisecs=10, policy="linear")
+    await engine.join(FakeAgent(engine.path, memory(5000)))
+    before = (await engine.status())["pages_scanned"]
+    began = time.monotonic()
+    await trio.sleep(1)
+    scanned = (await engine.status())["pages_scanned"] - before
+    assert 0 < scanned <= 10 * (time.monotonic() - began + 0.02) / 0.01
+
+
+# ---- hints ----
+
+
+async def test_hinted_pages_merge_without_waiting_for_the_scan(start: Start) -> None:
+    """A page merges from one hint in each process, though the linear scan would have to see it twice, unchanged."""
+    engine = await start(pages_to_scan=50, sleep_millisecs=20)
+    first = await engine.join(FakeAgent(engine.path, memory(100_000)))
+    second = await engine.join(FakeAgent(engine.path, memory(100_000, base=0x100000000)))
+    last = 99_000 * PAGE
+    first.hint(BASE + last, 10 * PAGE)
+    second.hint(0x100000000 + last, 10 * PAGE)
+    await engine.until(lambda: len(first.placed) == len(second.placed) == 10, "hinted pages merged")
+    status = await engine.status()
+    assert status["hints"] == {"place": 2, "content": 0, "dropped": 0, "visited": 20, "merged": 10}
+    assert 0 < status["lead_time_seconds"]["p50"] < 5
+
+
+async def test_hint_to_merged_takes_less_than_20_ms(start: Start) -> None:
+    """No rate limit, an idle engine, second reader of shared content: rung awake by the doorbell."""
+    engine = await start()
+    first, second = await pair(engine, 200)
+    # Let the scan's rests grow.
+    await trio.sleep(1.5)
+    delays = []
+    for i in range(20):
+        address = 2 * BASE + i * PAGE
+        second.write(address, page(5000 + i))
+        first_address = BASE + i * PAGE
+        second.write(address, first.memory[first_address])
+        began = time.monotonic()
+        second.hint(address, PAGE)
+        while address not in second.placed:
+            assert time.monotonic() - began < 5
+            await trio.sleep(0.0005)
+        delays.append(time.monotonic() - began)
+    assert sorted(delays)[10] <= 0.020
+    assert lib.UDD_VISIT in second.requests
+
+
+async def test_linear_policy_does_not_ask_for_hints(start: Start) -> None:
+    engine = await start(policy="linear")
+    first, _ = await pair(engine, 50)
+    first.hint(BASE, PAGE)
+    await trio.sleep(0.3)
+    assert lib.UDD_VISIT not in first.requests
+    assert first.hints.waiting == 0
+
+
+# ---- those who join with runs ----
+
+
+async def test_fork_child_is_counted(start: Start) -> None:
+    engine = await start()
+    first, second = await pair(engine, 700)
+    child = FakeAgent(engine.path, dict(first.memory), flags=lib.UDD_HELLO_FORKED)
+    child.engine_id = first.engine_id
+    child.placed = dict(first.placed)
+    child.segments = dict(first.segments)
+    await engine.join(child)
+    await merge_all(engine, first, second, child)
+    assert (await engine.status())["pages_shared"] == 700
+    assert child.run_lengths == []
+    child.write(BASE, page(123456))
+
+    async def noticed() -> bool:
+        return bool((await engine.status())["pages_sharing"] == 1399)
+
+    await engine.until(noticed, "the child's break was counted")
+
+
+class BreaksWhileCounted(FakeAgent):
+    """Writes to merged pages, counted ones and others, between the answers of a count."""
+
+    def on_runs(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        answer = super().on_runs(count, packet)
+        for address in list(self.placed)[:: len(self.placed) // 20]:
+            self.memory[address] = page(900_000 + address // PAGE)
+            self.drop(address)
+        return answer
+
+
+async def test_count_while_pages_break(start: Start, warnings: Warnings) -> None:
+    engine = await start(answer_seconds=3.0)
+    first, second = await pair(engine, 1500)
+    child = BreaksWhileCounted(engine.path, dict(first.memory), flags=lib.UDD_HELLO_FORKED)
+    child.engine_id, child.placed, child.segments = first.engine_id, dict(first.placed), dict(first.segments)
+    await engine.join(child)
+
+    async def agreed() -> bool:
+        status = await engine.status()
+        return bool(status["pages_sharing"] == len(first.placed) + len(second.placed) + len(child.placed) - 1500)
+
+    await engine.until(lambda: child.requests.count(lib.UDD_RUNS) >= 4, "counted")
+    await engine.until(agreed, "the count is exact")
+    assert len(child.placed) < 1450
+    assert not warnings()
+
+
+async def test_runs_of_another_engine_count_nothing(start: Start) -> None:
+    engine = await start()
+    child = FakeAgent(engine.path, memory(10), flags=lib.UDD_HELLO_REJOIN)
+    child.engine_id = (1, 2)
+    await engine.join(child)
+    await trio.sleep(0.1)
+    assert lib.UDD_RUNS not in child.requests
+
+
+async def test_lost_drop_records_lead_to_a_recount(start: Start) -> None:
+    engine = await start()
+    first, _ = await pair(engine, 100)
+    for address in list(first.placed)[:40]:
+        with first._lock:
+            del first.placed[address]
+            first.memory[address] = page(70_000 + address // PAGE)
+    first.stats.drops_lost += 1
+
+    async def counted() -> bool:
+        return bool((await engine.status())["pages_sharing"] == 60)
+
+    await engine.until(counted, "counted anew")
+    assert lib.UDD_RUNS in first.requests
+    assert (await engine.status())["agents"][0]["pages_sharing"] == 60
+
+
+# ---- the end of agents ----
+
+
+async def test_leaving_gives_references_back(start: Start, warnings: Warnings) -> None:
+    engine = await start()
+    first, second = await pair(engine, 100)
+    await trio.to_thread.run_sync(first.leave)
+
+    async def counted() -> bool:
+        status = await engine.status()
+        return (status["pages_shared"], status["pages_sharing"], len(status["agents"])) == (100, 0, 1)
+
+    await engine.until(counted, "references given back")
+    await trio.to_thread.run_sync(second.leave)
+
+    async def empty() -> bool:
+        status = await engine.status()
+        return (status["pages_shared"], len(status["agents"])) == (0, 0)
+
+    await engine.until(empty, "references given back")
+    assert len(warnings()) == 2
+
+
+async def test_end_of_the_engine(start: Start) -> None:
+    engine = await start()
+    first, second = await pair(engine, 100)
+    engine.scope.cancel()
+    for agent in (first, second):
+        await trio.to_thread.run_sync(agent._thread.join, 5)
+        assert agent.farewell == "the engine ends"
+        for address, content in agent.memory.items():
+            assert agent.read(address) == content
+    assert not engine.path.exists()
+
+
+# ---- retirement ----
+
+
+async def test_sparse_segments_are_given_back(start: Start) -> None:
+    engine = await start(retire_seconds=0.05)
+    first, second = await pair(engine, 4096 + 100)
+    assert (await engine.status())["store"]["segments"] == 2
+    kept = [address for address in first.memory if (address - BASE) // PAGE % 8 == 0]
+    for agent, base in ((first, BASE), (second, 2 * BASE)):
+        for i in range(4096):
+            if BASE + i * PAGE not in kept:
+                agent.write(base + i * PAGE, page(1_000_000 + base + i))
+
+    async def retired() -> bool:
+        return bool((await engine.status())["store"]["segments"] == 1)
+
+    await engine.until(retired, "the first segment is gone")
+    await engine.until(lambda: 1 not in first.segments and 1 not in second.segments, "agents let go of it")
+    assert {segment for agent in (first, second) for segment, _ in agent.placed.values()} == {2}
+    for agent in (first, second):
+        for address, content in agent.memory.items():
+            assert agent.read(address) == content
+    assert (await engine.status())["pages_sharing"] == 512 + 100
+
+
+# ---- control ----
+
+
+async def test_unmerge_and_merge(start: Start) -> None:
+    engine = await start()
+    first, second = await pair(engine, 100)
+    assert await engine.ask(op="unmerge", pid=None) == 200
+    status = await engine.status()
+    assert (status["pages_shared"], status["pages_sharing"]) == (0, 0)
+    await trio.sleep(0.2)
+    assert not first.placed
+    assert {agent["reason"] for agent in status["agents"]} == {"unmerged on request"}
+    assert await engine.ask(op="merge", pid=os.getpid()) == 2
+    await merge_all(engine, first, second)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"op": "unmerge", "pid": 1}, "no wrapped process has pid 1"),
+        ({"op": "mount", "images": [["a", "/b"]]}, "no mount"),
+        ({"op": "fly"}, "did not understand"),
+        ({"op": "unmerge", "pid": "x"}, "did not understand"),
+        ({}, "did not understand"),
+    ],
+)
+async def test_bad_control_requests(start: Start, message: dict[str, Any], error: str) -> None:
+    engine = await start()
+    with pytest.raises(UdedupError, match=error) as caught:
+        await engine.ask(**message)
+    assert "\n" not in str(caught.value)
+
+
+async def test_check_domain(start: Start) -> None:
+    engine = await start()
+    assert await engine.ask(op="check_domain", label="anything") is True
+
+
+async def test_long_answers_come_in_parts(start: Start) -> None:
+    engine = await start(sleep_millisecs=1000)
+    agents = [await engine.join(FakeAgent(engine.path, {}, label="x" * 60)) for _ in range(600)]
+    status = await engine.status()
+    assert len(status["agents"]) == 600
+    for agent in agents:
+        agent.sock.shutdown(socket.SHUT_RDWR)
+        agent._thread.join(5)
+        agent.sock.close()
+
+
+async def test_kernel_numbers(start: Start) -> None:
+    engine = await start()
+    await pair(engine, 500)
+    kernel = (await engine.ask(op="status"))["kernel"]
+    # Both agents are this very process, and so is the engine: three mappings, none of them private.
+    assert kernel["unreadable"] == 0
+    assert kernel["pss_bytes"] > 500 * PAGE
+
+
+# ---- those who misbehave ----
+
+
+async def one_dropped(engine: Running, warnings: Warnings, text: str) -> None:
+    """Waits for exactly one line; then two good agents share as ever."""
+    await engine.until(lambda: len(warnings()) > 0, f"a line with {text!r}")
+    await pair(engine, 100)
+    await trio.sleep(0.05)
+    (line,) = warnings()
+    assert text in line
+    assert "\n" not in line
+
+
+class Liar(FakeAgent):
+    """Lies once it was asked for ``kind``."""
+
+    kind = 0
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes] | None:
+        raise NotImplementedError
+
+    def answer(self, kind: int, count: int, packet: bytes, descriptors: list[int]) -> Any:
+        if kind == self.kind:
+            return self.lie(count, packet)
+        return super().answer(kind, count, packet, descriptors)
+
+
+class Garbage(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> None:
+        self.sock.send(os.urandom(500))
+
+
+class Empty(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> None:
+        self.sock.send(b"x")
+
+
+class WrongSequence(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> None:
+        self.sock.send(HEADER.pack(lib.UDD_MAGIC, lib.UDD_DONE, 0, 4711, 0, 0))
+
+
+class WrongType(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> None:
+        self.sock.send(HEADER.pack(lib.UDD_MAGIC, lib.UDD_MERGE, 0, 1, 0, 0))
+
+
+class TooManyReports(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 1010, 0, struct.pack("<IIII", 1010, 0, 0, 1) + bytes(1010 * 32)
+
+
+class VisitedTooMuch(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 0, 0, struct.pack("<IIII", 100_000, 0, 0, 1)
+
+
+class ShortReports(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 10, 0, struct.pack("<IIII", 10, 0, 0, 1) + bytes(100)
+
+
+class BadAddress(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 1, 0, struct.pack("<IIIIQQQQ", 1, 0, 0, 1, 2**60, 1, 1, 0)
+
+
+class PositiveStatus(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 5, 0, 0, b""
+
+
+class HintHead(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> Any:
+        self.hints.head = 2**62
+        return self.on_scan(count, packet)
+
+
+class DropHead(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> Any:
+        self.drops.head = 2**40
+        return self.on_scan(count, packet)
+
+
+class DropOfNothing(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> Any:
+        self.push_drop(BASE, 1, 7)
+        return self.on_scan(count, packet)
+
+
+class Bells(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> Any:
+        for _ in range(50):
+            self.sock.send(HEADER.pack(lib.UDD_MAGIC, lib.UDD_DOORBELL, 0, 0, 0, 0))
+        return self.on_scan(count, packet)
+
+
+class Crash(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> None:
+        self.sock.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (Garbage, "no message"),
+        (Empty, "1 bytes"),
+        (WrongSequence, "not under way"),
+        (WrongType, "agents don't send"),
+        (TooManyReports, "reported 1010 of 1000"),
+        (VisitedTooMuch, "visited 100000"),
+        (ShortReports, "reported 10"),
+        (BadAddress, "address"),
+        (PositiveStatus, "status 5"),
+        (HintHead, "hint ring"),
+        (DropHead, "drop ring"),
+        (DropOfNothing, "drop ring"),
+        (Bells, "rings"),
+        (Crash, "in the middle of a request"),
+    ],
+)
+async def test_liars(start: Start, warnings: Warnings, kind: type[Liar], text: str) -> None:
+    engine = await start()
+    await engine.join(kind(engine.path, memory(500)))
+    await one_dropped(engine, warnings, text)
+
+
+class LyingResults(Liar):
+    kind = lib.UDD_MERGE
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, count, 0, struct.pack("<QQQQQ", 2**64 - 1, 2**64 - 1, 0, 0, 0) * count
+
+
+class FewResults(Liar):
+    kind = lib.UDD_MERGE
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, count - 1, 0, b""
+
+
+class LongCopy(Liar):
+    kind = lib.UDD_COPY
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 0, 0, bytes(5000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(LyingResults, "a run it merged"), (FewResults, "runs"), (LongCopy, "copy")]
+)
+async def test_liars_about_merges(start: Start, warnings: Warnings, kind: type[Liar], text: str) -> None:
+    engine = await start()
+    # Shares with itself, so that it is asked for the merge whoever else is there.
+    await engine.join(kind(engine.path, memory(50, first=8000) | memory(50, first=8000, base=2 * BASE)))
+    await one_dropped(engine, warnings, text)
+
+
+class ChangesWhileCopying(FakeAgent):
+    """What arrives in the copy area is not what was reported."""
+
+    def on_copy(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        answer = super().on_copy(count, packet)
+        self.area[lib.UDD_SHARED_COPY : lib.UDD_SHARED_COPY + 10] = b"0123456789"
+        return answer
+
+
+async def test_pages_that_change_on_their_way_are_not_published(start: Start) -> None:
+    engine = await start()
+    first = await engine.join(FakeAgent(engine.path, memory(10)))
+    await trio.sleep(0.3)
+    second = await engine.join(ChangesWhileCopying(engine.path, memory(10, base=2 * BASE)))
+    await engine.until(lambda: len(second.placed) == 9 and len(first.placed) == 9, "the others merged")
+    assert BASE not in first.placed
+
+
+class EndlessRuns(Liar):
+    kind = lib.UDD_RUNS
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 1, 0, struct.pack("<QIIII", BASE, 1, 1, 0, 0)
+
+
+async def test_list_of_runs_that_does_not_end(start: Start, warnings: Warnings) -> None:
+    engine = await start()
+    first, _ = await pair(engine, 10)
+    child = EndlessRuns(engine.path, {}, flags=lib.UDD_HELLO_FORKED)
+    child.engine_id = first.engine_id
+    await engine.join(child)
+    await engine.until(lambda: len(warnings()) > 0, "a line")
+    assert "does not end" in warnings()[0]
+
+
+class Silent(Liar):
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> None:
+        return None
+
+
+@pytest.mark.parametrize("sleep_millisecs", [0, 1])
+async def test_silent_agent_stalls_nobody(start: Start, warnings: Warnings, sleep_millisecs: int) -> None:
+    engine = await start(answer_seconds=3.0, sleep_millisecs=sleep_millisecs)
+    began = time.monotonic()
+    silent = await engine.join(Silent(engine.path, memory(100)))
+    await engine.until(lambda: lib.UDD_SCAN in silent.requests, "asked")
+    await pair(engine, 300)
+    assert time.monotonic() - began < 2.5
+    assert not warnings()
+    await engine.until(lambda: len(warnings()) > 0, "dropped")
+    (line,) = warnings()
+    assert "did not answer" in line
+    assert silent.farewell == "it did not answer request 6 within 3 s"
+
+
+async def test_agent_that_does_not_read(start: Start, warnings: Warnings) -> None:
+    """Its socket's queue fills; the engine neither blocks nor remembers more and more."""
+    engine = await start(answer_seconds=1.0)
+    deaf = FakeAgent(engine.path, {})
+    await trio.to_thread.run_sync(deaf.sock.send, deaf.hello())
+    await one_dropped(engine, warnings, "did not answer") if await marks_merging(deaf) else None
+    deaf.sock.close()
+
+
+async def marks_merging(agent: FakeAgent) -> bool:
+    """Takes the welcome by hand and says that it merges, without ever reading again."""
+
+    def take() -> None:
+        import mmap
+
+        from udedup._native import ffi
+
+        packet, descriptors, _, _ = socket.recv_fds(agent.sock, 65536, 4)
+        assert HEADER.unpack_from(packet)[1] == lib.UDD_WELCOME
+        with mmap.mmap(descriptors[0], lib.UDD_SHARED_BYTES) as area, ffi.from_buffer(area) as base:
+            ffi.cast("struct udd_stats *", ffi.cast("char *", base) + lib.UDD_SHARED_STATS).merging = 1
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    await trio.to_thread.run_sync(take)
+    return True
+
+
+# ---- first messages ----
+
+
+def hello_with(path: Path, **changes: Any) -> bytes:
+    """A hello with some fields wrong."""
+    from udedup._native import ffi
+
+    agent = FakeAgent(path, {})
+    agent.sock.close()
+    raw = bytearray(agent.hello())
+    hello = ffi.from_buffer("struct udd_hello *", raw)
+    for name, value in changes.items():
+        setattr(hello.header if hasattr(hello.header, name) else hello, name, value)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"magic": 1}, "no hello"),
+        ({"type": 9}, "no hello"),
+        ({"version": 99}, "version 99"),
+        ({"label": b"x" * 64}, "label"),
+        ({"command": b"x" * 128}, "command"),
+    ],
+)
+async def test_bad_hello(start: Start, warnings: Warnings, changes: dict[str, Any], text: str) -> None:
+    engine = await start()
+
+    def say() -> bytes:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(engine.path))
+            sock.send(hello_with(engine.path, **changes))
+            return sock.recv(1000)
+
+    answer = await trio.to_thread.run_sync(say)
+    assert HEADER.unpack_from(answer)[1] == lib.UDD_REFUSED
+    assert text in answer[HEADER.size :].split(b"\0")[0].decode()
+    await one_dropped(engine, warnings, text)
+
+
+@pytest.mark.parametrize("packet", [b"\0", os.urandom(300), b"x" * 100_000])
+async def test_garbage_for_a_greeting(start: Start, warnings: Warnings, packet: bytes) -> None:
+    engine = await start()
+
+    def say() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(engine.path))
+            sock.send(packet)
+
+    await trio.to_thread.run_sync(say)
+    await one_dropped(engine, warnings, "refused")
+
+
+async def test_command_names_can_t_forge_log_lines(start: Start, warnings: Warnings) -> None:
+    engine = await start()
+    agent = FakeAgent(engine.path, memory(1))
+    original = agent.hello
+    agent.hello = lambda: original().replace(b"fake\0", b"a\nb\x1b\0")[: len(original())]  # type: ignore[method-assign]
+    await engine.join(agent)
+    assert (await engine.status())["agents"][0]["command"] == "a?b?"
+
+
+async def test_label_not_allowed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("udedup.engine.domain.DomainRules.permits", lambda self, uid, label: not label)
+    engine = await start()
+    agent = await engine.join(FakeAgent(engine.path, {}, label="secret"))
+    assert "domain label 'secret' is not allowed for uid" in agent.refused
+    with pytest.raises(UdedupError, match="--allow-domain"):
+        await engine.ask(op="check_domain", label="secret")
+
+
+async def test_userfaultfd_on_request(start: Start) -> None:
+    engine = await start()
+    plain = await engine.join(FakeAgent(engine.path, {}))
+    needy = await engine.join(FakeAgent(engine.path, {}, flags=lib.UDD_HELLO_NEED_UFFD))
+    available = os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
+    assert (plain.descriptors, needy.descriptors) == (1, 2 if available else 1)
+
+
+async def test_too_many_connections(start: Start) -> None:
+    engine = await start(agents_max=3)
+    agents = [await engine.join(FakeAgent(engine.path, {})) for _ in range(4)]
+    assert [bool(agent.refused) for agent in agents] == [False, False, False, True]
+
+
+async def test_threads_are_gone(start: Start) -> None:
+    """The fakes end with their engine (guards the tests themselves)."""
+    before = threading.active_count()
+    engine = await start()
+    agent = await engine.join(FakeAgent(engine.path, {}))
+    await trio.to_thread.run_sync(agent.leave)
+    assert threading.active_count() <= before + 2

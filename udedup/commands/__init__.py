@@ -1,0 +1,31 @@
+"""The subcommands, one module each with ``prepare_parser`` and ``run``.
+
+A module's first docstring line is its help. Heavy imports happen inside ``run``, so that ``udedup run`` starts fast.
+"""
+
+import argparse
+from typing import Protocol
+
+from udedup.commands import doctor, engine, mount, run, status, unmerge
+
+
+class Command(Protocol):
+    """What a subcommand's module offers."""
+
+    __doc__: str | None
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the subcommand's options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Does the work and returns the exit status; raises UdedupError for what the user can mend."""
+
+
+COMMANDS: dict[str, Command] = {
+    "engine": engine,
+    "run": run,
+    "mount": mount,
+    "status": status,
+    "unmerge": unmerge,
+    "doctor": doctor,
+}

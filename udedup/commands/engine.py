@@ -1,0 +1,158 @@
+"""Run the engine in the foreground: it tells wrapped programs which pages to share, and serves disk images."""
+
+import argparse
+import logging
+import os
+import signal
+from pathlib import Path
+
+from udedup.commands.host import require_host
+from udedup.commands.options import allowed_domain, count, image_argument, ratio
+from udedup.errors import UdedupError
+from udedup.places import default_socket
+
+COLLECT_AFTER = 20_000
+"""Objects made until Python looks for garbage; its default is 700."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``udedup engine``."""
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        default=default_socket(),
+        metavar="PATH",
+        help="where to listen (default: $UDEDUP_SOCKET, else %(default)s)",
+    )
+    parser.add_argument("--mount", type=Path, metavar="DIR", help="an empty directory to show the images in")
+    parser.add_argument(
+        "--image",
+        type=image_argument,
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="show this raw disk image, read-only, as DIR/NAME (default: its own name); may be repeated",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("linear", "xlh"),
+        default="xlh",
+        help="linear: scan memory in turns; xlh: look first where I/O just put content (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pages-to-scan",
+        type=count(1),
+        default=1000,
+        metavar="N",
+        help="pages to look at before each sleep (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sleep-millisecs",
+        type=count(0),
+        default=20,
+        metavar="N",
+        help="how long to sleep between; 0: no limit on the rate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hint-ratio",
+        type=ratio,
+        default=(1, 1),
+        metavar="H:S",
+        help="spurts spent on hinted pages to spurts of the linear scan (default: 1:1)",
+    )
+    parser.add_argument(
+        "--hint-slots",
+        type=count(1),
+        default=65536,
+        metavar="N",
+        help="hints remembered, the oldest are forgotten (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-domain",
+        type=allowed_domain,
+        action="append",
+        default=[],
+        metavar="UID:LABEL",
+        help="let programs of user UID join the trust domain LABEL; may be repeated",
+    )
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end when this process does (`udedup run`)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT, then leaves the programs merged and on their own."""
+    if args.image and args.mount is None:
+        args.subparser.error("--image needs --mount DIR to show it in")
+    if args.parent is not None:
+        _end_with(args.parent)
+    require_host()
+    logging.basicConfig(format="udedup: %(message)s", level=logging.WARNING)
+
+    import gc
+
+    import trio
+
+    from udedup.engine.config import EngineConfig, Ready
+    from udedup.engine.server import run_engine
+
+    config = EngineConfig(
+        socket=args.socket.absolute(),
+        mount=None if args.mount is None else args.mount.absolute(),
+        images=tuple(args.image),
+        policy=args.policy,
+        pages_to_scan=args.pages_to_scan,
+        sleep_millisecs=args.sleep_millisecs,
+        hint_runs=args.hint_ratio[0],
+        scan_runs=args.hint_ratio[1],
+        hint_slots=args.hint_slots,
+        allowed_domains=frozenset(args.allow_domain),
+    )
+
+    def announce(ready: Ready) -> None:
+        print(f"ready socket={ready.socket} mount={ready.mount or ''}", flush=True)
+
+    async def serve() -> None:
+        # open_signal_receiver comes first: a signal during the start must already end it in order.
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            # Whatever mask was inherited, a service has to be stoppable.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+            async with trio.open_nursery() as nursery:
+
+                async def end_when_told() -> None:
+                    async for _ in signals:
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(end_when_told)
+                await run_engine(config, on_ready=announce)
+                nursery.cancel_scope.cancel()
+
+    # Modules and classes are forever. Collecting young objects less often halves the collector's share of the CPU.
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
+    try:
+        trio.run(serve)
+    except BaseExceptionGroup as group:
+        mendable, other = group.split(UdedupError)
+        if mendable is None or other is not None:
+            raise
+        raise _first(mendable) from None
+    return 0
+
+
+def _first(group: BaseExceptionGroup[UdedupError]) -> UdedupError:
+    """Returns the first leaf: what failed first is what the user can mend."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, UdedupError)
+    return error
+
+
+def _end_with(parent: int) -> None:
+    """Asks the kernel for SIGTERM once the parent dies. Raises UdedupError if it is dead already."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        raise UdedupError(f"the process {parent} that wanted this engine has ended")

@@ -1,0 +1,81 @@
+"""Options that several subcommands share, and the values they take."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from udedup.places import engine_socket
+
+_LABEL_BYTES_MAX = 63
+"""What a hello message holds besides the NUL (UDD_LABEL_MAX in native/common/wire.h)."""
+
+
+def add_socket_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--socket PATH`` of the engine to talk to."""
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        default=engine_socket(),
+        metavar="PATH",
+        help="the engine's socket (default: $UDEDUP_SOCKET, else %(default)s)",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def image_argument(text: str) -> tuple[str | None, Path]:
+    """Parses ``[NAME=]PATH`` into (name, absolute path). A ``=`` behind a slash belongs to the path."""
+    name, separator, path = text.partition("=")
+    if not separator or "/" in name:
+        name, path = "", text
+    elif not name:
+        raise argparse.ArgumentTypeError(f"{text!r}: the name before = is empty")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text!r}: no path")
+    return name or None, Path(path).absolute()
+
+
+def count(minimum: int) -> Callable[[str], int]:
+    """Returns a parser of whole numbers not below ``minimum``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below the least value, {minimum}")
+        return value
+
+    return parse
+
+
+def ratio(text: str) -> tuple[int, int]:
+    """Parses ``H:S``, two whole numbers of which at least one is not zero."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio such as 1:1")
+    hints, scans = int(parts[0]), int(parts[1])
+    if hints + scans == 0:
+        raise argparse.ArgumentTypeError("0:0 would never look at any page")
+    return hints, scans
+
+
+def allowed_domain(text: str) -> tuple[int, str]:
+    """Parses ``UID:LABEL``."""
+    uid, separator, label = text.partition(":")
+    if not (separator and uid.isascii() and uid.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UID:LABEL")
+    return int(uid), domain_label(label)
+
+
+def domain_label(text: str) -> str:
+    """Parses the label of a trust domain: short, and fit for a line of a table."""
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is no label: it must have characters, all printable")
+    if len(text.encode()) > _LABEL_BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is longer than {_LABEL_BYTES_MAX} bytes")
+    return text

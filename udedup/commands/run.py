@@ -1,0 +1,88 @@
+"""Run a command so that its memory can be shared.
+
+With no engine running, one is started for the command's life. The exit status is the command's.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from udedup.commands.host import agent_library, kernel_refusal, require_host
+from udedup.commands.options import add_socket_option, domain_label
+from udedup.commands.program import ProgramError, execute, find_program
+from udedup.errors import UdedupError
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``udedup run``."""
+    parser.usage = "udedup run [-h] [--socket PATH] [--domain LABEL] [--] CMD [ARG ...]"
+    add_socket_option(parser)
+    parser.add_argument(
+        "--domain",
+        type=domain_label,
+        metavar="LABEL",
+        help="share only with programs of this trust domain (the engine must allow it; default: the user's own)",
+    )
+    parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="CMD ARG", help="the command and its arguments")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Becomes the command, or stays beside it while an engine of its own lives."""
+    argv: list[str] = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if not argv:
+        args.subparser.error("no command given")
+    environment = dict(os.environ)
+    try:
+        program = find_program(argv, environment)
+    except ProgramError as error:
+        print(f"udedup: {error}", file=sys.stderr)
+        return error.status
+    if program.obstacle:
+        print(
+            f"udedup: {program.path} {program.obstacle}: the agent cannot enter it, it runs without sharing memory",
+            file=sys.stderr,
+        )
+        return execute(program, environment)
+    refusal = kernel_refusal(os.uname().release)
+    if refusal:
+        raise UdedupError(refusal)
+    library = agent_library()
+
+    socket: Path = args.socket
+    if _engine_listens(socket):
+        if args.domain is not None:
+            from udedup.engine.control import request
+
+            request(socket, {"op": "check_domain", "label": args.domain})
+        return execute(program, wrapped_environment(environment, library, socket, args.domain))
+
+    require_host()
+    from udedup.commands.embedded import run_beside_engine
+
+    return run_beside_engine(
+        program, args.domain, lambda own: wrapped_environment(environment, library, own, args.domain)
+    )
+
+
+def _engine_listens(path: Path) -> bool:
+    """Whether an engine takes connections at ``path``. Raises UdedupError if there is something we may not use."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError as error:
+            raise UdedupError(f"cannot use the engine's socket {path}: {error.strerror or error}") from None
+    return True
+
+
+def wrapped_environment(environment: dict[str, str], library: Path, socket: Path, domain: str | None) -> dict[str, str]:
+    """Returns ``environment`` with what makes the loader bring in the agent, and the agent find its engine."""
+    before = [item for item in environment.get("LD_PRELOAD", "").replace(":", " ").split() if item != str(library)]
+    added = {"LD_PRELOAD": ":".join([str(library), *before]), "UDEDUP_SOCKET": str(socket.absolute())}
+    if domain is not None:
+        added["UDEDUP_DOMAIN"] = domain
+    return environment | added

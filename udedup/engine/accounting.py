@@ -1,0 +1,255 @@
+"""What is counted, and the report made of it: the words of ``udedup status``.
+
+:class:`Counters` is the one place where the engine counts; status, tests and benchmarks all read it.
+"""
+
+import attrs
+import msgspec
+
+from udedup.engine.native import ffi, lib
+
+PAGE: int = lib.UDD_PAGE_SIZE
+
+
+class LeadTimes:
+    """Histogram of the time from "content in place" to "merged"; buckets grow by powers of two, in quarters."""
+
+    def __init__(self) -> None:
+        self.histogram = ffi.new("uint64_t[]", lib.UDD_LEAD_BUCKETS)
+
+    def percentile(self, fraction: float) -> float | None:
+        """Upper end, s, of the bucket that the given part of all merges lies at or below; None if there were none."""
+        total = sum(self.histogram)
+        if not total:
+            return None
+        seen = 0
+        for bucket, count in enumerate(self.histogram):
+            seen += count
+            if seen >= fraction * total:
+                return _bucket_end(bucket) / 1e9
+        raise AssertionError("a part of a whole is at most the whole")
+
+
+def _bucket_end(bucket: int) -> int:
+    """First nanosecond after a bucket; buckets below 8 are single nanoseconds (native/engine/hints.c)."""
+    if bucket < 8:
+        return bucket + 1
+    exponent, quarter = divmod(bucket, 4)
+    return (5 + quarter) << (exponent - 2)
+
+
+@attrs.define
+class Counters:
+    """Cumulative since the engine's start, over all agents, also those that left. Pages unless stated."""
+
+    pages_scanned: int = 0
+    """Visited by the linear scan and for hints (as KSM counts)."""
+
+    full_scans: int = 0
+    """Times the linear scan went through all memory."""
+
+    hints_place: int = 0
+    """Place hints (not pages) taken in from agents."""
+
+    hints_content: int = 0
+    """Content hints: blocks served by the mount."""
+
+    hints_dropped: int = 0
+    """Place hints lost in rings, and hinted pages that fell off the stack or found their agent overloaded."""
+
+    hints_visited: int = 0
+    """Hinted pages whose turn came."""
+
+    hints_merged: int = 0
+    """Hinted pages merged in their own turn."""
+
+    merged_pages: int = 0
+    """Pages agents remapped to the store."""
+
+    merged_runs: int = 0
+    """Runs these were in."""
+
+    merge_mismatch: int = 0
+    """Refused by agents: content differs from the slot."""
+
+    merge_busy: int = 0
+    """Refused by agents: pinned, shared after fork, held back."""
+
+    merge_gone: int = 0
+    """Refused by agents: not private anonymous memory any more."""
+
+    merge_no_vma: int = 0
+    """Refused by agents: mapping limit reached."""
+
+    merge_deferred: int = 0
+    """Not asked for: their runs are too short for what is left of the agent's mappings."""
+
+    merge_dropped: int = 0
+    """Not asked for: the agent had too much to do already."""
+
+    copies_invalid: int = 0
+    """Pages on their way into the store that vanished."""
+
+    copies_mismatch: int = 0
+    """Pages on their way into the store that changed."""
+
+    break_pages_gone: int = 0
+    """Broken pages of agents that left."""
+
+    break_events_gone: int = 0
+    """Write faults of agents that left."""
+
+    agent_cpu_ns_gone: int = 0
+    """CPU of the agent threads of agents that left, ns."""
+
+    agents_joined: int = 0
+    """Agents."""
+
+    agents_dropped: int = 0
+    """Agents that lied, or did not answer."""
+
+    segments_retired: int = 0
+    """Segments."""
+
+    lead_times: LeadTimes = attrs.field(factory=LeadTimes)
+
+
+class HintStatus(msgspec.Struct, frozen=True):
+    """Hints; see Counters."""
+
+    place: int
+    content: int
+    dropped: int
+    visited: int
+    merged: int
+
+
+class MergeStatus(msgspec.Struct, frozen=True):
+    """Merges; see Counters. All pages but ``runs``."""
+
+    pages: int
+    runs: int
+    mismatch: int
+    busy: int
+    gone: int
+    no_vma: int
+    deferred: int
+    dropped: int
+
+
+class BreakStatus(msgspec.Struct, frozen=True):
+    """Merged pages written to."""
+
+    pages: int
+    events: int
+    """Write faults; one may break several pages."""
+
+
+class LeadTimeStatus(msgspec.Struct, frozen=True):
+    """From content in place to merged, s; None: nothing merged by hints yet."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+class CpuStatus(msgspec.Struct, frozen=True):
+    """CPU time spent, s."""
+
+    engine: float
+    agents: float
+
+
+class StoreStatus(msgspec.Struct, frozen=True):
+    """The store of all domains."""
+
+    segments: int
+    bytes: int
+    """Of slots written."""
+    live_bytes: int
+    """Of slots in use."""
+
+
+class KernelStatus(msgspec.Struct, frozen=True):
+    """What the kernel says (/proc/PID/smaps of the agents and the engine)."""
+
+    pss_bytes: int
+    """Sum of Pss over agents and engine."""
+
+    saved_bytes: int
+    """What merged runs show (Rss without copies after a write), less what the store takes (Pss of all its mappings)."""
+
+    unreadable: int
+    """Agents whose numbers we could not read."""
+
+
+class MemoryStatus(msgspec.Struct, frozen=True):
+    """Memory that udedup itself uses, bytes."""
+
+    engine: int
+    """Pss of the engine without the store."""
+
+    agents: int
+    """As agents say, plus the shared areas."""
+
+    managed: int
+    """Present candidate memory of all agents, as they say."""
+
+
+class AgentStatus(msgspec.Struct, frozen=True):
+    """One wrapped process."""
+
+    pid: int
+    uid: int
+    domain: str
+    command: str
+    pages_sharing: int
+    """Its pages that are mapped to the store."""
+    zero_pages: int
+    runs: int
+    vmas: int
+    merging: bool
+    reason: str
+    """Why not merging; empty if it is."""
+
+
+class ImageStatus(msgspec.Struct, frozen=True):
+    """One image in the mount."""
+
+    name: str
+    path: str
+    size: int
+    """Bytes."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The answer to ``status``; pages of 4 KiB unless the name says otherwise. KSM's words where it has one."""
+
+    socket: str
+    mount: str | None
+    policy: str
+    pages_shared: int
+    """Store pages in use."""
+    pages_sharing: int
+    """Mappings of them beyond the first."""
+    pages_unshared: int
+    """Candidates."""
+    pages_volatile: int
+    """Pages that changed since the round before, as of each agent's last round."""
+    pages_scanned: int
+    full_scans: int
+    zero_pages: int
+    bytes_saved: int
+    general_profit: int
+    """bytes_saved less the memory of engine and agents."""
+    hints: HintStatus
+    merges: MergeStatus
+    breaks: BreakStatus
+    lead_time_seconds: LeadTimeStatus
+    cpu_seconds: CpuStatus
+    memory: MemoryStatus
+    store: StoreStatus
+    kernel: KernelStatus | None
+    """None if the request left it out."""
+    agents: list[AgentStatus]
+    images: list[ImageStatus]

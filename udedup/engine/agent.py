@@ -1,0 +1,566 @@
+"""One agent as the engine sees it: its connection, its shared area, its references, and the work done with it.
+
+All requests to an agent are made by one task, :meth:`Agent.work`, from a bounded queue of jobs: an agent that is slow
+or stopped delays its own jobs only. An agent that breaks the rules makes that task raise, and the server drops it.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import attrs
+import trio
+
+from udedup.engine import planner
+from udedup.engine.accounting import Counters
+from udedup.engine.domain import Domain
+from udedup.engine.hints import Hinted, HintRing
+from udedup.engine.link import Answer, Link, Peer
+from udedup.engine.native import CData, ffi, lib
+from udedup.engine.planner import Fresh, Runs, Targets
+from udedup.engine.store import Segment
+from udedup.engine.wire import (
+    COPIED_BYTES,
+    CURSOR_TAIL,
+    HEADER,
+    ITEMS_MAX,
+    PAGE,
+    RANGE_BYTES,
+    REPORT_BYTES,
+    REPORTS_BYTES,
+    REPORTS_MAX,
+    RESULT_BYTES,
+    RUN_BYTES,
+    SCAN_TAIL,
+    SEGMENT_SLOTS,
+    SEGMENT_TAIL,
+    AgentError,
+    Hello,
+    check,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+QUEUE_JOBS = 64
+"""Jobs that may wait for an agent."""
+
+RUNS_MAX = 1 << 20
+"""Runs of one process; the kernel allows 65530 mappings unless raised."""
+
+LOOK, RECOUNT = 0, 1
+"""Why UDD_RUNS is asked: header.value of the request."""
+
+UNMERGE_SECONDS = 300.0
+CANDIDATES_PER_PAGE = 2
+"""Candidates an agent may have per resident page: stale ones wait for two rounds."""
+
+RESIDENT_UNKNOWN = 1 << 20
+"""Resident pages taken for granted where the kernel's number can't be read."""
+
+
+@attrs.frozen
+class Scanned:
+    """What one step of the linear scan did."""
+
+    visited: int
+    """Pages, charged against the rate limit."""
+
+    wrapped: bool
+    """Whether the end of memory was reached."""
+
+
+class Job(Protocol):
+    """What an agent's queue holds."""
+
+    async def redeem(self) -> None:
+        """Does it."""
+
+    def abandon(self) -> None:
+        """It will not be done."""
+
+
+class Ticket(Generic[T]):
+    """A job in an agent's queue."""
+
+    def __init__(self, job: Callable[[], Awaitable[T]]) -> None:
+        self.result: T | None = None
+        """None until the job is done."""
+        self._job = job
+        self._done = trio.Event()
+
+    async def redeem(self) -> None:
+        """Does the job."""
+        try:
+            self.result = await self._job()
+        finally:
+            self._done.set()
+
+    def abandon(self) -> None:
+        """It will not be done any more: nobody need wait for it."""
+        self._done.set()
+
+    async def wait(self, patience: float) -> None:
+        """Until the job is done, or failed, or ``patience`` s are over (it goes on then)."""
+        with trio.move_on_after(patience):
+            await self._done.wait()
+
+
+class Others(Protocol):
+    """How an agent passes work on to the others."""
+
+    def offer_merge(self, targets: Targets) -> None:
+        """Has another agent's pages merged, soon; drops it if that one is overloaded or gone."""
+
+
+class SharedArea:
+    """The memory an agent and the engine share (native/common/wire.h)."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Maps it; the descriptor stays the caller's. Raises AgentError if there is no memory for it."""
+        # Not Python's mmap, which keeps a descriptor of its own for as long as the object is referred to.
+        self._memory = ffi.gc(lib.udd_area_map(descriptor), lib.udd_area_unmap)
+        if self._memory == ffi.NULL:
+            raise AgentError("no memory for its shared area")
+        base = ffi.cast("char *", self._memory)
+        self.stats = ffi.cast("struct udd_stats *", base + lib.UDD_SHARED_STATS)
+        self.hints = HintRing(ffi.cast("struct udd_hint_ring *", base + lib.UDD_SHARED_HINTS))
+        self.drops = ffi.cast("struct udd_drop_ring *", base + lib.UDD_SHARED_DROPS)
+        self.copies = base + lib.UDD_SHARED_COPY
+
+    @property
+    def reason(self) -> str:
+        """Why the agent does not merge, in its own words."""
+        raw = bytes(ffi.buffer(self.stats.reason)).split(b"\0", 1)[0].decode(errors="replace")
+        return "".join(character if character.isprintable() else "?" for character in raw)
+
+
+class Agent:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        peer: Peer,
+        hello: Hello,
+        domain: Domain,
+        link: Link,
+        area: SharedArea,
+        vma_limit: int,
+        counters: Counters,
+        others: Others,
+        newest_segment: Callable[[], int],
+    ) -> None:
+        self.number = number
+        self.peer = peer
+        self.command = hello.command
+        self.domain = domain
+        self.area = area
+        self.vma_limit = vma_limit
+        self.scope = trio.CancelScope()
+        """Around its tasks."""
+        self.failure: AgentError | None = None
+        """Set by :meth:`fail`."""
+        self.volatile = 0
+        """Pages that changed, in its last complete round."""
+        self.paused = ""
+        """Why the engine leaves it alone on request; empty: it does not."""
+        self._link = link
+        self._counters = counters
+        self._others = others
+        self._newest_segment = newest_segment
+        self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
+        if self._holder == ffi.NULL:
+            raise MemoryError
+        self._sent: set[int] = set()
+        self._adopted: set[int] = set()
+        self._refused_segment = False
+        self._changed = 0
+        self._drops_lost = 0
+        self._offered: list[Targets] = []
+        """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
+        self._working = False
+        self._arms = 0
+        self._jobs, self._todo = trio.open_memory_channel[Job](QUEUE_JOBS)
+        self.refresh_limit()
+
+    def __str__(self) -> str:
+        return f"agent {self.number} (pid {self.peer.pid}, {self.command})"
+
+    # ---- state ----
+
+    @property
+    def pages_merged(self) -> int:
+        """Its pages mapped to the store, by the engine's count."""
+        return int(lib.udd_holder_pages(self._holder))
+
+    @property
+    def merging(self) -> bool:
+        """Whether merges can be asked of it now."""
+        return not self.paused and bool(self.area.stats.merging)
+
+    @property
+    def least_run(self) -> int:
+        """Pages a new run must have."""
+        return planner.least_run(self.area.stats.vmas, self.vma_limit)
+
+    def refresh_limit(self) -> None:
+        """Sets how many candidates it may have, by what the kernel says it has resident."""
+        try:
+            resident = int(Path(f"/proc/{self.peer.pid}/statm").read_text(encoding="ascii").split()[1])
+        except (OSError, IndexError):
+            resident = RESIDENT_UNKNOWN
+        self.domain.index.set_limit(self.number, CANDIDATES_PER_PAGE * resident + REPORTS_MAX)
+
+    def segment_pages(self, segment: int) -> int:
+        """Its references into a segment."""
+        return int(lib.udd_holder_segment_pages(self._holder, segment))
+
+    def count_out(self) -> None:
+        """Moves what it did to the counters of those gone; gives its references back."""
+        stats = self.area.stats
+        self._counters.break_pages_gone += stats.break_pages
+        self._counters.break_events_gone += stats.break_events
+        self._counters.agent_cpu_ns_gone += stats.cpu_ns
+        lib.udd_holder_clear(self._holder)
+        self.domain.index.forget_agent(self.number)
+
+    # ---- the doorbell ----
+
+    def armed(self) -> None:
+        """One more ring may come."""
+        self._arms += 1
+
+    def rung(self) -> None:
+        """Raises AgentError if nobody asked for it."""
+        if self._arms == 0:
+            raise AgentError("it rings without being asked")
+        self._arms -= 1
+
+    # ---- jobs ----
+
+    def submit(self, job: Callable[[], Awaitable[T]]) -> "Ticket[T] | None":
+        """Queues a job; None if too many wait already, or the agent is on its way out."""
+        ticket = Ticket(job)
+        try:
+            self._jobs.send_nowait(ticket)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return None
+        return ticket
+
+    def _abandon_jobs(self) -> None:
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                self._todo.receive_nowait().abandon()
+        self._todo.close()
+
+    def fail(self, error: AgentError) -> None:
+        """Has it dropped; for what is found out outside its own tasks."""
+        self.failure = error
+        self.scope.cancel()
+
+    async def work(self) -> None:
+        """Does the jobs, one after the other, until cancelled. Raises AgentError."""
+        try:
+            async for job in self._todo:
+                self._working = True
+                await job.redeem()
+                self._working = False
+        finally:
+            self._abandon_jobs()
+
+    def tend(self) -> None:
+        """Takes in dropped references while nothing is under way. Raises AgentError."""
+        if not self._working:
+            self._drain()
+
+    def _drain(self) -> None:
+        counts = ffi.new("struct udd_drop_counts *")
+        check(
+            lib.udd_holder_drain(self._holder, self.area.drops, self._newest_segment(), counts),
+            "its drop ring: a reference it never had, or a place outside the ring or the store,",
+        )
+        lost = self.area.stats.drops_lost
+        if lost != self._drops_lost and self.submit(self.recount):
+            self._drops_lost = lost
+
+    # ---- reports: scan and visit ----
+
+    async def scan(self, pages: int) -> Scanned:
+        """One step of its linear scan."""
+        pages = min(pages, REPORTS_MAX)
+        answer = await self._link.request(lib.UDD_SCAN, SCAN_TAIL.pack(pages, 0))
+        if answer.status < 0:
+            self._drain()
+            return Scanned(0, wrapped=True)
+        head = self._check_reports(answer, pages)
+        self._changed += head.changed
+        if head.wrapped:
+            self.volatile, self._changed = self._changed, 0
+            self.domain.index.next_round(self.number)
+            self.refresh_limit()
+        self._drain()
+        visited = head.visited
+        await self._take_reports(_items(answer.packet, "struct udd_report *", REPORTS_BYTES), answer.count, None)
+        return Scanned(visited, bool(head.wrapped))
+
+    async def take_hints(self, hinted: Hinted) -> None:
+        """Looks up hinted pages, those of images by their known digest, the others after the agent hashed them."""
+        reports, report_count, ranges, range_count = hinted.split()
+        if report_count:
+            await self._take_reports(reports, report_count, hinted)
+        start = 0
+        while start < range_count:
+            end, pages = start, 0
+            while end < range_count and end - start < ITEMS_MAX and pages + ranges[end].pages <= REPORTS_MAX:
+                pages += ranges[end].pages
+                end += 1
+            await self._visit(ranges + start, end - start, pages, hinted)
+            start = end
+        self._counters.hints_visited += hinted.count
+
+    async def _visit(self, ranges: CData, count: int, pages: int, hinted: Hinted) -> None:
+        payload = bytes(ffi.buffer(ranges, count * RANGE_BYTES))
+        answer = await self._link.request(lib.UDD_VISIT, payload, count=count)
+        if answer.status == 0:
+            self._check_reports(answer, pages)
+        self._drain()
+        if answer.status == 0:
+            await self._take_reports(_items(answer.packet, "struct udd_report *", REPORTS_BYTES), answer.count, hinted)
+
+    def _check_reports(self, answer: Answer, pages: int) -> CData:
+        if answer.count > pages or len(answer.packet) != REPORTS_BYTES + answer.count * REPORT_BYTES:
+            raise AgentError(f"it reported {answer.count} of {pages} pages in {len(answer.packet)} bytes")
+        head = _items(answer.packet, "struct udd_reports *", 0)
+        if head.visited > pages or answer.count > head.visited or head.changed > head.visited:
+            raise AgentError(f"it says it visited {head.visited} of {pages} pages and reports {answer.count}")
+        self._counters.pages_scanned += head.visited
+        return head
+
+    async def _take_reports(self, reports: CData, count: int, hinted: Hinted | None) -> None:
+        """Looks pages up, has fresh ones copied into the store, and merges what has a slot then."""
+        if count == 0 or not self.merging:
+            return
+        index = self.domain.index
+        async with self.domain.undisturbed():
+            matches = index.look_up(self.number, reports, count)
+            for targets in self._offered:
+                matches = planner.without_targets(matches, targets)
+            if matches.count == 0:
+                return
+            others = ffi.new("struct udd_target[]", matches.count)
+            other_count = 0
+            for fresh in planner.fresh_batches(index, matches, self.least_run):
+                other_count += await self._publish(fresh, others + other_count)
+            for targets in planner.by_agent(others, other_count):
+                self._others.offer_merge(targets)
+        await self.merge(planner.targets_of(index, self.number, matches), hinted)
+
+    async def _publish(self, fresh: Fresh, ret_targets: CData) -> int:
+        """Copies pages into store slots; returns how many older candidates were found for them (struct udd_target)."""
+        ranges, range_count = fresh.copy_ranges()
+        payload = bytes(ffi.buffer(ranges, range_count * RANGE_BYTES))
+        answer = await self._link.request(lib.UDD_COPY, payload, count=range_count)
+        if answer.status < 0:
+            self._drain()
+            return 0
+        if len(answer.packet) != COPIED_BYTES:
+            raise AgentError(f"its answer to a copy has {len(answer.packet)} bytes")
+        valid = _items(answer.packet, "struct udd_copied *", 0).valid
+        store = self.domain.store
+        position = ffi.new("size_t *")
+        counts = ffi.new("struct udd_publish_counts *")
+        targets = 0
+        while position[0] < fresh.count:
+            try:
+                segment = store.writable()
+            except OSError as error:
+                log.warning("no new store segment (%s): pages not shared yet stay private", error.strerror)
+                break
+            targets += check(
+                lib.udd_store_publish(
+                    store.handle,
+                    self.domain.index.handle,
+                    segment.number,
+                    self.area.copies,
+                    valid,
+                    fresh.array,
+                    fresh.count,
+                    position,
+                    ret_targets + targets,
+                    counts,
+                ),
+                "publishing pages",
+            )
+        self._counters.copies_invalid += counts.invalid
+        self._counters.copies_mismatch += counts.mismatch
+        self._drain()
+        return targets
+
+    # ---- merging ----
+
+    def offer(self, targets: Targets) -> bool:
+        """Queues the merge of pages that another agent's pages matched; False if there is too much to do already."""
+
+        async def merge() -> None:
+            self._offered.remove(targets)
+            await self.merge(targets)
+
+        if self.submit(merge) is None:
+            return False
+        self._offered.append(targets)
+        return True
+
+    async def merge(self, targets: Targets, hinted: Hinted | None = None) -> None:
+        """Has pages merged with their slots; those in short runs only while the agent has mappings to spare."""
+        if not self.merging:
+            return
+        runs = planner.runs_of(targets, self.least_run)
+        self._counters.merge_deferred += runs.deferred
+        await self._merge_runs(runs, hinted)
+
+    async def _merge_runs(self, runs: Runs, hinted: Hinted | None) -> None:
+        segments = self.domain.store.segments
+        pinned = [segments[number] for number in runs.segments() if number in segments]
+        for segment in pinned:
+            segment.pins += 1
+        try:
+            unusable = {number for number in runs.segments() if number not in segments}
+            for segment in pinned:
+                if not await self._send_segment(segment):
+                    unusable.add(segment.number)
+            if unusable:
+                runs = runs.without(unusable)
+            for array, count in runs.chunks(ITEMS_MAX):
+                await self._merge_chunk(array, count, hinted)
+        finally:
+            for segment in pinned:
+                segment.pins -= 1
+
+    async def _merge_chunk(self, array: CData, count: int, hinted: Hinted | None) -> None:
+        answer = await self._link.request(lib.UDD_MERGE, bytes(ffi.buffer(array, count * RUN_BYTES)), count=count)
+        if answer.status < 0:
+            self._drain()
+            return
+        if answer.count != count or len(answer.packet) != HEADER.size + count * RESULT_BYTES:
+            raise AgentError(f"it answered for {answer.count} of {count} runs")
+        results = _items(answer.packet, "struct udd_merge_result *", HEADER.size)
+        counts = ffi.new("struct udd_merge_counts *")
+        check(lib.udd_holder_take(self._holder, array, results, count, counts), "what it says of a run it merged")
+        counters = self._counters
+        counters.merged_pages += counts.merged
+        counters.merged_runs += counts.runs
+        counters.merge_mismatch += counts.mismatch
+        counters.merge_busy += counts.busy
+        counters.merge_gone += counts.gone
+        counters.merge_no_vma += counts.no_vma
+        if hinted is not None:
+            counters.hints_merged += lib.udd_hinted_leads(
+                hinted.array, hinted.count, array, results, count, time.monotonic_ns(), counters.lead_times.histogram
+            )
+        self._drain()
+
+    async def _send_segment(self, segment: Segment) -> bool:
+        """Makes sure the agent has a segment; False if it would not take it."""
+        if segment.number in self._sent:
+            return True
+        answer = await self._link.request(
+            lib.UDD_SEGMENT, SEGMENT_TAIL.pack(segment.number, SEGMENT_SLOTS), descriptor=segment.descriptor
+        )
+        self._drain()
+        if answer.status < 0:
+            if not self._refused_segment:
+                self._refused_segment = True
+                log.warning("%s took no store segment: %s", self, os.strerror(-answer.status))
+            return False
+        self._sent.add(segment.number)
+        return True
+
+    async def unmerge(self) -> int:
+        """Gives it private memory back everywhere; returns the number of pages. Raises AgentError."""
+        answer = await self._link.request(lib.UDD_UNMERGE, seconds=UNMERGE_SECONDS)
+        self._drain()
+        if answer.status < 0:
+            raise AgentError(f"it could not unmerge its pages: {os.strerror(-answer.status)}")
+        return answer.value
+
+    # ---- runs it has already ----
+
+    async def recount(self) -> None:
+        """Asks for all its runs and counts them anew: after a fork, a rejoin, or lost drop records."""
+
+        def take(answer: Answer, array: CData) -> None:
+            check(lib.udd_holder_adopt(self._holder, array, answer.count), "a run it says it has")
+            self._adopted.update(Runs(array, answer.count).segments() & self.domain.store.segments.keys())
+            self._drain()
+
+        answer = await self._ask_runs(0, RECOUNT)
+        check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
+        await self._read_runs(answer, RECOUNT, take)
+        self._drain()
+
+    async def _ask_runs(self, cursor: int, purpose: int) -> Answer:
+        return await self._link.request(lib.UDD_RUNS, CURSOR_TAIL.pack(cursor), value=purpose)
+
+    async def _read_runs(self, answer: Answer, purpose: int, take: Callable[[Answer, CData], None]) -> None:
+        """Gives ``take`` the answer and those that follow it, until one has no runs."""
+        cursor, total = 0, 0
+        while answer.status == 0 and answer.count:
+            if answer.count > ITEMS_MAX or len(answer.packet) != HEADER.size + answer.count * RUN_BYTES:
+                raise AgentError(f"it answered with {answer.count} runs in {len(answer.packet)} bytes")
+            array = _items(answer.packet, "struct udd_run *", HEADER.size)
+            last = array[answer.count - 1]
+            total += answer.count
+            if last.address < cursor or total > RUNS_MAX or last.pages == 0:
+                raise AgentError("the list of its runs does not end")
+            take(answer, array)
+            cursor = last.address + last.pages * PAGE
+            answer = await self._ask_runs(cursor, purpose)
+
+    # ---- retirement ----
+
+    async def move_out(self, segment: Segment) -> None:
+        """Moves its runs out of a retiring segment."""
+        if segment.moves is None or not self.merging:
+            return
+        parts: list[Targets] = []
+
+        def take(answer: Answer, array: CData) -> None:
+            targets = ffi.new("struct udd_target[]", SEGMENT_SLOTS)
+            found = lib.udd_plan_moves(
+                self.number, array, answer.count, segment.number, segment.moves, targets, SEGMENT_SLOTS
+            )
+            if found:
+                parts.append(Targets(self.number, targets, found, targets))
+
+        await self._read_runs(await self._ask_runs(0, LOOK), LOOK, take)
+        self._drain()
+        for part in parts:
+            await self._merge_runs(planner.runs_of(part, 1), None)
+
+    async def forget_segments(self) -> None:
+        """Has it let go of segments that are no more. Those it can't (-EBUSY) stay for the next time."""
+        for number in sorted((self._sent | self._adopted) - self.domain.store.segments.keys()):
+            answer = await self._link.request(lib.UDD_SEGMENT_DROP, SEGMENT_TAIL.pack(number, SEGMENT_SLOTS))
+            self._drain()
+            if answer.status != -errno.EBUSY:
+                self._sent.discard(number)
+                self._adopted.discard(number)
+
+    @property
+    def has_stale_segments(self) -> bool:
+        """Whether :meth:`forget_segments` has something to do."""
+        return not (self._sent | self._adopted) <= self.domain.store.segments.keys()
+
+
+def _items(packet: bytes, kind: str, offset: int) -> CData:
+    """A pointer into a received packet, which must outlive it: cffi keeps it alive with the pointer's buffer."""
+    items: CData = ffi.from_buffer(kind, memoryview(packet)[offset:])
+    return items

@@ -1,0 +1,125 @@
+"""Control clients: takes their requests (see ``udedup.engine.control``) and answers them."""
+
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import trio
+
+from udedup.engine.control import CHUNK_BYTES, LAST, MORE, REQUEST_BYTES_MAX
+from udedup.engine.link import Peer
+from udedup.errors import UdedupError
+
+SEND_SECONDS = 10.0
+
+
+class StatusRequest(msgspec.Struct, tag_field="op", tag="status", frozen=True):
+    """Everything about the engine."""
+
+    kernel: bool = True
+    """Whether to include what takes long."""
+
+
+class MountRequest(msgspec.Struct, tag_field="op", tag="mount", frozen=True):
+    """More images for the mount."""
+
+    images: list[tuple[str | None, str]]
+    """(name in the mount or null for the file's own, absolute path)."""
+
+
+class UnmergeRequest(msgspec.Struct, tag_field="op", tag="unmerge", frozen=True):
+    """Private memory back."""
+
+    pid: int | None = None
+    """null: all processes."""
+
+
+class MergeRequest(msgspec.Struct, tag_field="op", tag="merge", frozen=True):
+    """Undoes an earlier "unmerge": they take part again."""
+
+    pid: int | None = None
+    """null: all processes."""
+
+
+class CheckDomainRequest(msgspec.Struct, tag_field="op", tag="check_domain", frozen=True):
+    """Whether the asker may use a label."""
+
+    label: str
+
+
+Request = StatusRequest | MountRequest | UnmergeRequest | MergeRequest | CheckDomainRequest
+
+
+class Client:
+    """One connection of a control client; ``perform`` does what is asked and raises UdedupError."""
+
+    _decoder: ClassVar[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
+
+    def __init__(self, sock: socket.socket, peer: Peer, perform: Callable[[Request, Peer], Awaitable[object]]) -> None:
+        self._socket = sock
+        self._peer = peer
+        self._perform = perform
+
+    async def serve(self, packet: bytes) -> None:
+        """Answers ``packet`` and what follows, until the client leaves or stops reading."""
+        while packet:
+            answer = await self._answer(packet)
+            with trio.move_on_after(SEND_SECONDS) as scope:
+                await self._send(answer)
+            if scope.cancelled_caught:
+                return
+            packet = await receive_packet(self._socket, REQUEST_BYTES_MAX)
+
+    async def _answer(self, packet: bytes) -> bytes:
+        try:
+            request = self._decoder.decode(packet)
+        except msgspec.DecodeError as error:
+            return _refuse(f"the engine did not understand the request: {error}")
+        try:
+            result = await self._perform(request, self._peer)
+        except UdedupError as error:
+            return _refuse(str(error))
+        return msgspec.json.encode({"ok": True, "result": result})
+
+    async def _send(self, answer: bytes) -> None:
+        step = CHUNK_BYTES - 1
+        for start in range(0, len(answer), step):
+            mark = LAST if start + step >= len(answer) else MORE
+            while True:
+                try:
+                    self._socket.send(mark + answer[start : start + step], socket.MSG_NOSIGNAL)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+                else:
+                    break
+
+
+def _refuse(error: str) -> bytes:
+    return msgspec.json.encode({"ok": False, "error": " ".join(error.split())})
+
+
+async def receive_packet(sock: socket.socket, longest: int) -> bytes:
+    """The next packet, cut to ``longest`` + 1 bytes; b"" at the end of the connection."""
+    while True:
+        try:
+            return sock.recv(longest + 1)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(sock)
+        except ConnectionResetError:
+            return b""
+
+
+def require_owner(peer: Peer, what: str) -> None:
+    """Raises UdedupError unless the asker is root or runs as the engine's user."""
+    if peer.uid not in (0, os.geteuid()):
+        raise UdedupError(f"{what} is for root and the engine's user only, you are uid {peer.uid}")
+
+
+def absolute(path: str) -> Path:
+    """A path from a request. Raises UdedupError if it depends on a directory that is the asker's."""
+    if not Path(path).is_absolute():
+        raise UdedupError(f"the path {path!r} is not absolute")
+    return Path(path)

@@ -1,0 +1,95 @@
+"""What an engine is told when it starts, and what it says when it serves."""
+
+from pathlib import Path
+
+import attrs
+
+from udedup.errors import UdedupError
+from udedup.places import default_socket
+
+POLICIES = ("linear", "xlh")
+
+
+@attrs.frozen
+class EngineConfig:
+    """Everything that can be chosen about an engine; checked by :meth:`check`."""
+
+    socket: Path = attrs.field(factory=default_socket)
+    """Where agents and control clients connect."""
+
+    socket_mode: int | None = None
+    """Permissions of the socket; None: 0o666 for root's engine, 0o600 for anybody else's."""
+
+    mount: Path | None = None
+    """Directory to mount the images on; None: no mount."""
+
+    images: tuple[tuple[str | None, Path], ...] = ()
+    """(name in the mount or None for the file's own, path of a raw image)."""
+
+    allow_other: bool = False
+    """Whether other users may read from the mount."""
+
+    policy: str = "xlh"
+    """How pages are chosen: one of POLICIES."""
+
+    pages_to_scan: int = 1000
+    """Pages visited per spurt (as in KSM)."""
+
+    sleep_millisecs: int = 20
+    """Pause between spurts, ms (as in KSM); 0: no rate limit."""
+
+    hint_runs: int = 1
+    """Spurts spent on hints, before … (XLH, USENIX ATC 2013)."""
+
+    scan_runs: int = 1
+    """… that many spurts of the linear scan."""
+
+    hint_slots: int = 65536
+    """Pages the hint stack holds."""
+
+    zero_pages: bool = True
+    """Merge all-zero pages with the kernel's zero page."""
+
+    holdoff_millisecs: int = 1000
+    """How long agents leave a page alone after it broke, ms."""
+
+    allowed_domains: frozenset[tuple[int, str]] = frozenset()
+    """(uid, label) pairs that may be used besides those of root and of the engine's own user."""
+
+    agents_max: int = 4096
+    """Connections served at a time."""
+
+    answer_seconds: float = 10.0
+    """How long an agent may take to answer before it is dropped, s."""
+
+    map_count: int | None = None
+    """Value to raise vm.max_map_count to while the engine runs (root only); None: leave it."""
+
+    retire_seconds: float = 2.0
+    """Pause between looks for segments that are mostly dead, s."""
+
+    def check(self) -> None:
+        """Raises UdedupError for what can't work."""
+        if self.policy not in POLICIES:
+            raise UdedupError(f"policy {self.policy!r} is not known: choose one of {', '.join(POLICIES)}")
+        if self.pages_to_scan < 1:
+            raise UdedupError(f"pages to scan is {self.pages_to_scan}: give at least 1")
+        if self.sleep_millisecs < 0:
+            raise UdedupError(f"sleep is {self.sleep_millisecs} ms: give 0 (no rate limit) or more")
+        if min(self.hint_runs, self.scan_runs) < 0 or self.hint_runs + self.scan_runs == 0:
+            raise UdedupError(f"hint ratio {self.hint_runs}:{self.scan_runs} would never look at any page")
+        if not 1 <= self.hint_slots <= 1 << 28:
+            raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
+        if self.images and self.mount is None:
+            raise UdedupError("images are given but no mount directory to show them in")
+
+
+@attrs.frozen
+class Ready:
+    """What serves once ``on_ready`` is called."""
+
+    socket: Path
+    """Where agents and control clients connect."""
+
+    mount: Path | None
+    """Where the images are; None: no mount."""

@@ -1,0 +1,77 @@
+"""The control protocol, and its blocking client. Standard library only, so that commands start fast.
+
+A client connects to the engine's socket (SOCK_SEQPACKET) and sends one JSON object as one packet:
+
+- ``{"op": "status", "kernel": true}``: see ``udedup.engine.accounting.Status``; ``kernel`` false leaves out the
+  numbers that must be read from /proc/PID/smaps, which take a while
+- ``{"op": "mount", "images": [["name", "/absolute/path"], …]}``: the paths in the mount
+- ``{"op": "unmerge", "pid": 123}`` (null: all): how many pages are private again; these processes are left alone from
+  then on
+- ``{"op": "merge", "pid": 123}`` (null: all): how many processes are no longer left alone
+- ``{"op": "check_domain", "label": "x"}``: true, or the error
+
+The answer is ``{"ok": true, "result": …}`` or ``{"ok": false, "error": "one line"}``, in packets that start with ``+``
+if more follow and with ``.`` if not.
+"""
+
+import errno
+import json
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from udedup.errors import UdedupError
+
+MORE: Final = b"+"
+LAST: Final = b"."
+CHUNK_BYTES: Final = 65536
+"""Longest packet of an answer."""
+
+REQUEST_BYTES_MAX: Final = 65536
+ANSWER_SECONDS: Final = 330.0
+"""Unmerging a large process takes a while."""
+
+
+def request(path: Path, message: Mapping[str, object], *, seconds: float = ANSWER_SECONDS) -> Any:
+    """Asks the engine at ``path`` and returns ``result``. Raises UdedupError."""
+    packet = json.dumps(message).encode()
+    if len(packet) > REQUEST_BYTES_MAX:
+        raise UdedupError(
+            f"the request has {len(packet)} bytes, the engine takes {REQUEST_BYTES_MAX}: ask for less at a time"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(seconds)
+        try:
+            sock.connect(str(path))
+            sock.send(packet)
+            answer = json.loads(_receive(sock))
+            good = answer["ok"]
+        except TimeoutError:
+            raise UdedupError(f"the engine at {path} did not answer within {seconds:g} s") from None
+        except OSError as error:
+            raise UdedupError(_explain(path, error)) from None
+        except (ValueError, TypeError, KeyError):
+            raise UdedupError(f"what listens at {path} does not answer like an engine of this version") from None
+    if not good:
+        raise UdedupError(answer["error"])
+    return answer["result"]
+
+
+def _receive(sock: socket.socket) -> bytes:
+    parts = []
+    while True:
+        packet = sock.recv(CHUNK_BYTES)
+        if not packet:
+            raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+        parts.append(packet[1:])
+        if packet[:1] == LAST:
+            return b"".join(parts)
+
+
+def _explain(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        return f"no engine listens at {path}: start one with `udedup engine`, or name its socket with --socket"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission to talk to the engine at {path}: ask as the engine's user"
+    return f"talking to the engine at {path} failed: {error.strerror or error}"

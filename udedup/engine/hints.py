@@ -1,0 +1,113 @@
+"""The hint stack: pages with new content, newest first.
+
+A thin cover over native/engine/hints.c, which says how it works.
+"""
+
+import mmap
+from collections.abc import Iterator
+
+import attrs
+
+from udedup.engine.native import CData, ffi, lib
+from udedup.engine.wire import PAGE, check
+
+
+@attrs.frozen
+class Hinted:
+    """Popped hints of one agent, sorted by address, a page each."""
+
+    agent: int
+    """Its number."""
+
+    array: CData
+    """struct udd_hinted[]."""
+
+    count: int
+
+    owner: CData
+    """Keeps the memory of ``array``."""
+
+    def split(self) -> tuple[CData, int, CData, int]:
+        """Known digests as struct udd_report[], their number; the rest as struct udd_range[], their number."""
+        reports = ffi.new("struct udd_report[]", self.count)
+        ranges = ffi.new("struct udd_range[]", self.count)
+        report_count, range_count = ffi.new("size_t *"), ffi.new("size_t *")
+        lib.udd_hinted_split(self.array, self.count, reports, report_count, ranges, range_count)
+        return reports, report_count[0], ranges, range_count[0]
+
+
+@attrs.frozen
+class Drained:
+    """What came out of a ring."""
+
+    hints: int
+    """Records taken."""
+
+    dropped: int
+    """Records lost: overwritten, malformed or too many."""
+
+    armed: bool
+    """Whether one more doorbell may come."""
+
+    more: bool
+    """Whether something came in meanwhile."""
+
+
+class HintRing:
+    """The reading end of one agent's place hints."""
+
+    def __init__(self, ring: CData) -> None:
+        self.ring = ring
+        self.reader = ffi.new("struct udd_hint_reader *")
+
+
+class HintStack:
+    """Bounded; the newest hint comes out first, the oldest falls off."""
+
+    def __init__(self, slots: int) -> None:
+        self._handle = ffi.gc(lib.udd_hints_create(slots), lib.udd_hints_destroy)
+        if self._handle == ffi.NULL:
+            raise MemoryError
+        self._digests: list[CData] = []
+
+    def __len__(self) -> int:
+        return int(lib.udd_hints_depth(self._handle))
+
+    @property
+    def overwritten(self) -> int:
+        """Pages that fell off the bottom, cumulative."""
+        return int(lib.udd_hints_overwritten(self._handle))
+
+    def add_image(self, inode: int, digests: mmap.mmap, size: int) -> None:
+        """Makes hints on an image of the mount meet the digests of its blocks; ``size`` in bytes."""
+        if size < PAGE:
+            return
+        view = ffi.from_buffer(digests)
+        check(
+            lib.udd_hints_add_image(self._handle, inode, ffi.cast("uint64_t *", view), size // PAGE),
+            "an image's digests",
+        )
+        self._digests.append(view)
+
+    def drain(self, agent: int, ring: HintRing, *, arm: bool) -> Drained:
+        """Takes in an agent's ring; ``arm``: have it ring for the next hint. Raises AgentError if the ring lies."""
+        counts = ffi.new("struct udd_drain_counts *")
+        more = check(
+            lib.udd_hints_drain(self._handle, agent, ring.ring, ring.reader, arm, counts), "the head of its hint ring"
+        )
+        return Drained(counts.hints, counts.dropped, bool(counts.armed), bool(more))
+
+    def pop(self, pages: int) -> Iterator[Hinted]:
+        """Takes up to ``pages`` pages from the top, grouped by agent."""
+        popped = ffi.new("struct udd_hinted[]", min(pages, len(self)))
+        left = lib.udd_hints_pop(self._handle, len(popped), popped)
+        array = popped + 0
+        while left:
+            count = lib.udd_hinted_group(array, left)
+            yield Hinted(array[0].agent, array, count, popped)
+            array += count
+            left -= count
+
+    def forget_agent(self, agent: int) -> None:
+        """Removes an agent's hints."""
+        lib.udd_hints_forget_agent(self._handle, agent)

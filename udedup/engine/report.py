@@ -1,0 +1,119 @@
+"""Makes the ``status`` answer out of counters, agents, stores and what the kernel says."""
+
+import time
+from collections.abc import Iterable
+
+from udedup.engine.accounting import (
+    PAGE,
+    AgentStatus,
+    BreakStatus,
+    Counters,
+    CpuStatus,
+    HintStatus,
+    ImageStatus,
+    KernelStatus,
+    LeadTimeStatus,
+    MemoryStatus,
+    MergeStatus,
+    Status,
+    StoreStatus,
+)
+from udedup.engine.agent import Agent
+from udedup.engine.config import EngineConfig
+from udedup.engine.domain import Domain
+from udedup.engine.kernel import KernelView, read_smaps
+from udedup.engine.wire import SHARED_BYTES
+
+
+def agent_status(agent: Agent) -> AgentStatus:
+    """One agent's line."""
+    stats = agent.area.stats
+    return AgentStatus(
+        pid=agent.peer.pid,
+        uid=agent.peer.uid,
+        domain=agent.domain.label,
+        command=agent.command,
+        pages_sharing=agent.pages_merged,
+        zero_pages=stats.zero_pages,
+        runs=stats.runs,
+        vmas=stats.vmas,
+        merging=agent.merging,
+        reason="" if agent.merging else agent.paused or agent.area.reason,
+    )
+
+
+def status(
+    *,
+    config: EngineConfig,
+    counters: Counters,
+    overwritten: int,
+    agents: list[Agent],
+    visible: Iterable[Agent],
+    domains: list[Domain],
+    images: list[ImageStatus],
+    kernel: KernelView | None,
+) -> Status:
+    """Everything. ``overwritten``: hinted pages that fell off the stack; ``visible``: agents the asker may see."""
+    shared = sum(domain.store.live_slots for domain in domains)
+    used = sum(domain.store.used_slots for domain in domains)
+    merged = sum(agent.pages_merged for agent in agents)
+    zero = sum(agent.area.stats.zero_pages for agent in agents)
+    saved = (max(0, merged - shared) + zero) * PAGE
+    engine = read_smaps(None) if kernel is None else kernel.engine
+    memory = MemoryStatus(
+        engine=engine.pss - engine.store_pss,
+        agents=sum(agent.area.stats.memory_bytes + SHARED_BYTES for agent in agents),
+        managed=sum(agent.area.stats.managed_pages for agent in agents) * PAGE,
+    )
+    lead = counters.lead_times
+    return Status(
+        socket=str(config.socket),
+        mount=None if config.mount is None else str(config.mount),
+        policy=config.policy,
+        pages_shared=shared,
+        pages_sharing=max(0, merged - shared),
+        pages_unshared=sum(domain.index.candidates for domain in domains),
+        pages_volatile=sum(agent.volatile for agent in agents),
+        pages_scanned=counters.pages_scanned,
+        full_scans=counters.full_scans,
+        zero_pages=zero,
+        bytes_saved=saved,
+        general_profit=saved - memory.engine - memory.agents,
+        hints=HintStatus(
+            place=counters.hints_place,
+            content=counters.hints_content,
+            dropped=counters.hints_dropped + overwritten,
+            visited=counters.hints_visited,
+            merged=counters.hints_merged,
+        ),
+        merges=MergeStatus(
+            pages=counters.merged_pages,
+            runs=counters.merged_runs,
+            mismatch=counters.merge_mismatch,
+            busy=counters.merge_busy,
+            gone=counters.merge_gone,
+            no_vma=counters.merge_no_vma,
+            deferred=counters.merge_deferred,
+            dropped=counters.merge_dropped,
+        ),
+        breaks=BreakStatus(
+            pages=counters.break_pages_gone + sum(agent.area.stats.break_pages for agent in agents),
+            events=counters.break_events_gone + sum(agent.area.stats.break_events for agent in agents),
+        ),
+        lead_time_seconds=LeadTimeStatus(p50=lead.percentile(0.5), p90=lead.percentile(0.9), p99=lead.percentile(0.99)),
+        cpu_seconds=CpuStatus(
+            engine=time.process_time(),
+            agents=(counters.agent_cpu_ns_gone + sum(agent.area.stats.cpu_ns for agent in agents)) / 1e9,
+        ),
+        memory=memory,
+        store=StoreStatus(
+            segments=sum(len(domain.store.segments) for domain in domains),
+            bytes=used * PAGE,
+            live_bytes=shared * PAGE,
+        ),
+        kernel=None
+        if kernel is None
+        else KernelStatus(pss_bytes=kernel.pss, saved_bytes=kernel.saved, unreadable=kernel.unreadable),
+        agents=[agent_status(agent) for agent in visible],
+        images=images,
+    )

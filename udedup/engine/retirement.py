@@ -1,0 +1,57 @@
+"""Gives the memory of segments back in which few slots are still in use (see ``udedup.engine.store``)."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Protocol
+
+import trio
+
+from udedup.engine.accounting import Counters
+from udedup.engine.agent import Agent
+from udedup.engine.domain import Domain
+
+
+class Household(Protocol):
+    """What a retirement looks after."""
+
+    counters: Counters
+
+    @property
+    def agents(self) -> Iterable[Agent]:
+        """Connected agents."""
+
+    @property
+    def domains(self) -> Iterable[Domain]:
+        """All domains."""
+
+
+class Retirement:
+    """One look every few seconds; all the work is jobs of agents."""
+
+    def __init__(self, household: Household, seconds: float) -> None:
+        self._household = household
+        self._seconds = seconds
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await trio.sleep(self._seconds)
+            self.look()
+
+    def look(self) -> None:
+        """Begins, pushes on and finishes retirements."""
+        for domain in self._household.domains:
+            agents = [agent for agent in self._household.agents if agent.domain is domain]
+            for segment in domain.store.sparse():
+                domain.store.begin_retirement(segment, domain.index)
+            for segment in domain.store.segments.values():
+                if segment.moves is None:
+                    continue
+                for agent in agents:
+                    # Asked again at every look: what was busy the last time may not be now.
+                    if agent.segment_pages(segment.number):
+                        agent.submit(partial(agent.move_out, segment))
+            self._household.counters.segments_retired += len(domain.store.finish_retirement())
+            for agent in agents:
+                if agent.has_stale_segments:
+                    agent.submit(agent.forget_segments)

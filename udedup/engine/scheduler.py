@@ -1,0 +1,131 @@
+"""When to look at which pages: KSM's pacing, with XLH's alternation of hints and linear scan.
+
+The engine works in *spurts* of ``pages_to_scan`` pages with a pause of ``sleep_millisecs`` between two of them, as ksmd
+does. A policy says which spurts go to hints: with the ratio h:s, h spurts take hinted pages first, then s spurts belong
+to the linear scan. What a hint spurt leaves over when hints run out goes to the linear scan, so the load is the same
+whatever the policy (XLH, USENIX ATC 2013).
+
+Without a rate limit spurts follow each other at once, until the linear scan has gone through all memory without merging
+anything: it then rests, longer each time, while hints are still served the moment they come in.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Protocol
+
+import attrs
+import trio
+
+REST_FIRST = 0.02
+"""First rest of a fruitless linear scan, s; doubled each time."""
+
+REST_MAX = 1.0
+"""Longest rest, s, of a scan that is quick …"""
+
+REST_PER_ROUND = 3.0
+"""… and otherwise this many times what the round took: a fruitless scan then takes at most a quarter of a CPU."""
+
+
+@attrs.frozen
+class Step:
+    """What one part of the linear scan did."""
+
+    visited: int
+    """Pages."""
+
+    rounds: int
+    """Times the end of all memory was reached (0 or 1)."""
+
+
+class Workload(Protocol):
+    """What a scheduler schedules; the engine, or a model of it in tests."""
+
+    @property
+    def merged(self) -> int:
+        """Pages merged so far."""
+
+    async def wait_for_agents(self) -> None:
+        """Returns once there is somebody to work with."""
+
+    async def visit_hints(self, pages: int) -> int:
+        """Works on up to ``pages`` hinted pages; returns how many there were."""
+
+    async def scan(self, pages: int) -> Step:
+        """Works on up to ``pages`` further pages of the linear scan; ends early at the end of a round."""
+
+    async def wait_for_change(self, *, hints: bool) -> None:
+        """Returns once an agent joined or, if ``hints``, there is a hint."""
+
+
+@attrs.frozen
+class Policy:
+    """How spurts are shared between hints and linear scan."""
+
+    hint_runs: int
+    scan_runs: int
+
+    def spurts(self) -> Iterator[bool]:
+        """For ever: whether the next spurt takes hints first."""
+        return itertools.cycle([True] * self.hint_runs + [False] * self.scan_runs)
+
+
+def policy_named(name: str, hint_runs: int, scan_runs: int) -> Policy:
+    """``linear`` is KSM's: no hints. ``xlh`` has the given ratio. Raises KeyError."""
+    return {"linear": Policy(0, 1), "xlh": Policy(hint_runs, scan_runs)}[name]
+
+
+class Scheduler:
+    """Runs spurts for ever."""
+
+    def __init__(self, workload: Workload, policy: Policy, *, pages_to_scan: int, sleep_millisecs: int) -> None:
+        self._workload = workload
+        self._policy = policy
+        self._pages = pages_to_scan
+        self._sleep = sleep_millisecs / 1000
+        self._rest = 0.0
+        self._rests_until = 0.0
+        self._round_began = 0.0
+        self._round_merged = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._begin_round(trio.current_time())
+        for hints_first in self._policy.spurts():
+            await self._workload.wait_for_agents()
+            await self._spurt(hints_first)
+            if self._sleep:
+                await trio.sleep(self._sleep)
+            else:
+                await self._pause()
+
+    async def _spurt(self, hints_first: bool) -> None:
+        left = self._pages
+        if hints_first:
+            left -= await self._workload.visit_hints(left)
+        if left > 0 and trio.current_time() >= self._rests_until:
+            step = await self._workload.scan(left)
+            if step.rounds and not self._sleep:
+                self._end_round()
+
+    def _begin_round(self, at: float) -> None:
+        self._round_began = at
+        self._round_merged = self._workload.merged
+
+    def _end_round(self) -> None:
+        """Without a rate limit: decides how long the linear scan rests."""
+        now = trio.current_time()
+        if self._workload.merged > self._round_merged:
+            self._rest = 0.0
+        else:
+            longest = max(REST_MAX, REST_PER_ROUND * (now - self._round_began))
+            self._rest = min(longest, max(REST_FIRST, 2 * self._rest))
+        self._rests_until = now + self._rest
+        self._begin_round(self._rests_until)
+
+    async def _pause(self) -> None:
+        """Without a rate limit: waits while there is nothing to do."""
+        if trio.current_time() >= self._rests_until:
+            await trio.lowlevel.checkpoint()
+            return
+        with trio.move_on_at(self._rests_until):
+            await self._workload.wait_for_change(hints=self._policy.hint_runs > 0)

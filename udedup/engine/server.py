@@ -1,0 +1,433 @@
+"""The engine: takes connections, serves agents and control clients, and ends in order.
+
+Each connection has its own task (an agent's has two below it), so whatever one of them does or leaves undone, the
+others go on.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import resource
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from udedup.engine import clients, kernel, maplimit, report
+from udedup.engine.accounting import Counters, ImageStatus, Status
+from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
+from udedup.engine.clients import (
+    CheckDomainRequest,
+    Client,
+    MergeRequest,
+    MountRequest,
+    Request,
+    StatusRequest,
+    UnmergeRequest,
+)
+from udedup.engine.config import EngineConfig, Ready
+from udedup.engine.domain import Domain, DomainRules
+from udedup.engine.hints import HintStack
+from udedup.engine.link import Link, LinkClosedError, Peer, peer_of, send
+from udedup.engine.listener import listening
+from udedup.engine.native import lib
+from udedup.engine.retirement import Retirement
+from udedup.engine.rounds import Rounds
+from udedup.engine.scheduler import Scheduler, policy_named
+from udedup.engine.store import MFD_NOEXEC_SEAL, SegmentNumbers
+from udedup.engine.wire import PACKET_MAX, SHARED_BYTES, AgentError, Hello, parse_hello, refusal, welcome
+from udedup.errors import UdedupError
+
+if TYPE_CHECKING:
+    from udedup.vdi.images import Image, Images
+
+__all__ = ["EngineConfig", "Ready", "run_engine"]
+
+log = logging.getLogger(__name__)
+
+HELLO_SECONDS = 5.0
+"""How long a new connection may stay silent."""
+
+ACCEPT_PAUSE = 0.1
+"""Pause when there are no descriptors left for a new connection, s."""
+
+WIDTH = 8
+"""Agents scanned at a time when there is no rate limit."""
+
+USERFAULTFD = "/dev/userfaultfd"
+
+
+class Engine:
+    """All state of one engine."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.hints = HintStack(config.hint_slots)
+        self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
+        self.identity = (secrets.randbits(64) or 1, secrets.randbits(64) or 1)
+        """Tells this engine from earlier ones."""
+        self.mount_dev = 0
+        self.images: Images | None = None
+        self._numbers = SegmentNumbers()
+        self._domains: dict[tuple[int, str], Domain] = {}
+        self._rules = DomainRules(os.geteuid(), config.allowed_domains)
+        self._vma_limit = maplimit.vma_limit()
+        self._last_number = 0
+        self._connections = 0
+
+    @property
+    def agents(self) -> list[Agent]:
+        """Those connected now."""
+        return list(self.rounds.agents.values())
+
+    @property
+    def domains(self) -> list[Domain]:
+        """Those that have or had agents."""
+        return list(self._domains.values())
+
+    # ---- connections ----
+
+    async def accept(self, listener: socket.socket) -> None:
+        """Takes connections until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    await trio.lowlevel.wait_readable(listener)
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                        raise
+                    log.warning("a connection has to wait: %s", error.strerror)
+                    await trio.sleep(ACCEPT_PAUSE)
+                    continue
+                sock.setblocking(False)
+                nursery.start_soon(self._serve, sock)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One connection, from its first message to its end."""
+        self._connections += 1
+        peer = peer_of(sock)
+        try:
+            packet = b""
+            with trio.move_on_after(HELLO_SECONDS):
+                packet = await clients.receive_packet(sock, PACKET_MAX)
+            # Not earlier: who is refused before it said hello can't read why.
+            self._check_room()
+            if packet.startswith(b"{"):
+                await Client(sock, peer, self._perform).serve(packet)
+            elif packet:
+                await self._serve_agent(sock, peer, packet)
+        except AgentError as error:
+            log.warning("connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
+            self._refuse(sock, str(error))
+        except LinkClosedError:
+            log.debug("pid %d was gone before it was welcomed", peer.pid)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise
+        finally:
+            self._connections -= 1
+            if sock.fileno() >= 0:
+                sock.close()
+
+    def _check_room(self) -> None:
+        if self._connections > self.config.agents_max:
+            raise AgentError(f"there are {self.config.agents_max} connections already")
+
+    def _refuse(self, sock: socket.socket, reason: str) -> None:
+        try:
+            send(sock, refusal(lib.UDD_REFUSED, reason), [])
+        except OSError as error:
+            log.debug("nobody there to be refused: %s", error.strerror)
+
+    async def _serve_agent(self, sock: socket.socket, peer: Peer, packet: bytes) -> None:
+        hello = parse_hello(packet)
+        self._rules.check(peer.uid, hello.label)
+        agent, link = self._admit(sock, peer, hello)
+        self.counters.agents_joined += 1
+        log.debug("%s joined domain %s", agent, agent.domain.name)
+        inherits = hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN)
+        if inherits and hello.engine_id == self.identity:
+            agent.submit(agent.recount)
+        self.rounds.joined(agent)
+        farewell: str | None = "the engine ends"
+        try:
+            with agent.scope:
+                await self._work_with(agent, link)
+            if agent.failure is not None:
+                raise agent.failure
+        except LinkClosedError as closed:
+            farewell = None
+            log.info("%s left%s", agent, " in the middle of a request" if closed.asked else "")
+        except AgentError as error:
+            farewell = str(error)
+            self.counters.agents_dropped += 1
+            log.warning("%s dropped: %s", agent, error)
+        finally:
+            if farewell is not None:
+                link.say(refusal(lib.UDD_BYE, farewell))
+            self.rounds.left(agent)
+            agent.count_out()
+            link.close()
+
+    async def _work_with(self, agent: Agent, link: Link) -> None:
+        """The agent's two tasks, until one of them ends: with what ended it, not a group of that."""
+        failure: LinkClosedError | AgentError | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def guard(task: Callable[[], Awaitable[None]]) -> None:
+                nonlocal failure
+                try:
+                    await task()
+                except (LinkClosedError, AgentError) as error:
+                    # The first one counts; the other task may stumble over the same.
+                    failure = failure or error
+                except (BrokenPipeError, ConnectionResetError):
+                    failure = failure or LinkClosedError(asked=True)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(guard, link.receive)
+            nursery.start_soon(guard, agent.work)
+        if failure is not None:
+            raise failure
+
+    def _admit(self, sock: socket.socket, peer: Peer, hello: Hello) -> tuple[Agent, Link]:
+        """Makes the shared area and sends the welcome. Raises AgentError or LinkClosedError."""
+        number = self._free_number()
+        domain = self._domain(peer.uid, hello.label)
+        with ExitStack() as stack:
+            descriptor = _shared_area()
+            stack.callback(os.close, descriptor)
+            area = SharedArea(descriptor)
+            descriptors = [descriptor]
+            if hello.flags & lib.UDD_HELLO_NEED_UFFD and (userfaultfd := _open_userfaultfd()) is not None:
+                stack.callback(os.close, userfaultfd)
+                descriptors.append(userfaultfd)
+            message = welcome(
+                engine_id=self.identity,
+                mount_dev=self.mount_dev,
+                agent_id=number,
+                flags=self._flags(),
+                vma_limit=self._vma_limit,
+                holdoff_ms=self.config.holdoff_millisecs,
+            )
+            try:
+                send(sock, message, descriptors)
+            except (BrokenPipeError, ConnectionResetError):
+                # Programs that end at once are nothing special.
+                raise LinkClosedError(asked=False) from None
+
+        def on_doorbell() -> None:
+            agent.rung()
+            self.rounds.change()
+
+        link = Link(sock, answer_seconds=self.config.answer_seconds, on_doorbell=on_doorbell)
+        agent = Agent(
+            number=number,
+            peer=peer,
+            hello=hello,
+            domain=domain,
+            link=link,
+            area=area,
+            vma_limit=self._vma_limit,
+            counters=self.counters,
+            others=self.rounds,
+            newest_segment=lambda: self._numbers.newest,
+        )
+        return agent, link
+
+    def _flags(self) -> int:
+        flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
+        if policy_named(self.config.policy, self.config.hint_runs, self.config.scan_runs).hint_runs:
+            flags |= lib.UDD_CONFIG_HINTS
+        return flags
+
+    def _free_number(self) -> int:
+        """The next free agent number; they go round, so that one just left is not mistaken for its successor."""
+        while True:
+            self._last_number = self._last_number % (lib.UDD_AGENT_NUMBERS - 1) + 1
+            if self._last_number not in self.rounds.agents:
+                return self._last_number
+
+    def _domain(self, uid: int, label: str) -> Domain:
+        if (uid, label) not in self._domains:
+            self._domains[uid, label] = Domain(uid, label, self._numbers)
+        return self._domains[uid, label]
+
+    # ---- control ----
+
+    async def _perform(self, request: Request, peer: Peer) -> object:
+        match request:
+            case StatusRequest(kernel=with_kernel):
+                return await self.status(peer, with_kernel=with_kernel)
+            case MountRequest(images=images):
+                clients.require_owner(peer, "mounting images")
+                return await self._mount(images)
+            case UnmergeRequest(pid=pid):
+                return await self._unmerge(self._chosen(pid, peer))
+            case MergeRequest(pid=pid):
+                chosen = self._chosen(pid, peer)
+                for agent in chosen:
+                    agent.paused = ""
+                return len(chosen)
+            case CheckDomainRequest(label=label):
+                if not self._rules.permits(peer.uid, label):
+                    raise UdedupError(self._rules.explain(peer.uid, label))
+                return True
+
+    async def status(self, peer: Peer, *, with_kernel: bool) -> Status:
+        """The report; agents of other users are listed for root and the engine's user only."""
+        view = None
+        if with_kernel:
+            pids = {agent.peer.pid for agent in self.agents}
+            view = await trio.to_thread.run_sync(kernel.look, pids, abandon_on_cancel=True)
+        agents = self.agents
+        return report.status(
+            config=self.config,
+            counters=self.counters,
+            overwritten=self.hints.overwritten,
+            agents=agents,
+            visible=[agent for agent in agents if peer.uid in (0, os.geteuid(), agent.peer.uid)],
+            domains=self.domains,
+            images=[ImageStatus(name=image.name, path=str(image.path), size=image.size) for image in self.images or ()],
+            kernel=view,
+        )
+
+    def _chosen(self, pid: int | None, peer: Peer) -> list[Agent]:
+        """Agents a request is about. Raises UdedupError if they are not the asker's business."""
+        if pid is None:
+            clients.require_owner(peer, "unmerging all processes")
+            return self.agents
+        chosen = [agent for agent in self.agents if agent.peer.pid == pid]
+        if not chosen:
+            raise UdedupError(f"no wrapped process has pid {pid}: see `udedup status`")
+        for agent in chosen:
+            if peer.uid != agent.peer.uid:
+                clients.require_owner(peer, f"unmerging a process of uid {agent.peer.uid}")
+        return chosen
+
+    async def _unmerge(self, agents: Sequence[Agent]) -> int:
+        pages = 0
+        for agent in agents:
+            agent.paused = "unmerged on request"
+        async with trio.open_nursery() as nursery:
+
+            async def unmerge(agent: Agent) -> None:
+                nonlocal pages
+                ticket = agent.submit(agent.unmerge)
+                if ticket is not None:
+                    await ticket.wait(UNMERGE_SECONDS)
+                    pages += ticket.result or 0
+
+            for agent in agents:
+                nursery.start_soon(unmerge, agent)
+        return pages
+
+    async def _mount(self, images: Sequence[tuple[str | None, str]]) -> list[str]:
+        if self.images is None or self.config.mount is None:
+            raise UdedupError("this engine has no mount: start it with --mount DIR")
+        added = []
+        for name, path in images:
+            # In a thread: a slow disk must not hold up the engine, and a path in our own mount would wait for us.
+            image = await trio.to_thread.run_sync(self.images.add, clients.absolute(path), name)
+            self._watch(image)
+            added.append(str(self.config.mount / image.name))
+        return added
+
+    # ---- images ----
+
+    def load_images(self) -> "Images":
+        """Opens the images the configuration names. Raises UdedupError."""
+        # Only engines with a mount pay for FUSE.
+        from udedup.vdi.images import Images
+
+        self.images = Images()
+        for name, path in self.config.images:
+            self._watch(self.images.add(path, name))
+        return self.images
+
+    def _watch(self, image: "Image") -> None:
+        self.hints.add_image(image.inode, image.digests, image.size)
+
+    def on_read(self, image: "Image", first_block: int, blocks: int, pid: int) -> None:
+        """A content hint. Its digests are in the image's table, where the reader's place hint will find them."""
+        self.counters.hints_content += blocks
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Gives its hold on the stores and images back."""
+        for domain in self.domains:
+            domain.store.close()
+        if self.images is not None:
+            self.images.close()
+
+
+async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None]) -> None:
+    """Runs an engine until cancelled; ``on_ready`` is called once the socket and the mount serve.
+
+    At the end the mount and the socket file are gone, and agents are left merged and on their own. Raises UdedupError
+    (perhaps in an exception group) for what a person can put right.
+    """
+    config.check()
+    _allow_descriptors()
+    with (
+        listening(config.socket, config.socket_mode) as listener,
+        maplimit.raised(config.map_count),
+        closing(Engine(config)) as engine,
+    ):
+        policy = policy_named(config.policy, config.hint_runs, config.scan_runs)
+        scheduler = Scheduler(
+            engine.rounds, policy, pages_to_scan=config.pages_to_scan, sleep_millisecs=config.sleep_millisecs
+        )
+        async with trio.open_nursery() as nursery:
+            if config.mount is not None:
+                from udedup.vdi.filesystem import serve
+
+                images = engine.load_images()
+                engine.mount_dev = await nursery.start(
+                    partial(serve, config.mount, images, engine.on_read, allow_other=config.allow_other)
+                )
+            nursery.start_soon(scheduler.run)
+            nursery.start_soon(Retirement(engine, config.retire_seconds).run)
+            nursery.start_soon(engine.accept, listener)
+            on_ready(Ready(config.socket, config.mount))
+            await trio.sleep_forever()
+
+
+def _allow_descriptors() -> None:
+    """Each agent and each segment takes two descriptors; the usual limit of 1024 would be 8 GiB of store."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _shared_area() -> int:
+    """The descriptor of a fresh shared area. Raises AgentError if there is no memory or descriptor for it."""
+    try:
+        descriptor = os.memfd_create("udedup-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
+    except OSError as error:
+        raise AgentError(f"no shared area for it: {error.strerror}") from None
+    try:
+        os.ftruncate(descriptor, SHARED_BYTES)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(descriptor)
+        raise AgentError(f"no shared area for it: {error.strerror}") from None
+    return descriptor
+
+
+def _open_userfaultfd() -> int | None:
+    """The device that lets the agent handle page faults, None if we may not open it either."""
+    try:
+        return os.open(USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        log.warning("an agent asked for %s, which can't be opened: %s", USERFAULTFD, error.strerror)
+        return None

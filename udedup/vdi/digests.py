@@ -1,0 +1,48 @@
+"""Digests of an image's 4 KiB blocks, in memory that costs only what has been read.
+
+The table says what a block was when it was last digested. It is a hint, never a promise: whoever merges on the
+strength of it compares bytes first.
+"""
+
+import mmap
+from typing import Final
+
+from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ignore]
+
+BLOCK_BYTES: Final = 4096
+DIGEST_BYTES: Final = 16
+# <asm-generic/mman.h>; Python's mmap module has it from 3.13 on.
+MAP_NORESERVE: Final = 0x4000
+
+
+class DigestTable:
+    """16 bytes per block: the low, then the high half of its 128-bit digest, little endian; both 0 means not known.
+
+    Anonymous memory, touched only where blocks have been read and not reserved beforehand, so that the table of a
+    sparse 16 TiB image (64 GiB of addresses) takes a page per 256 blocks read. Raises OSError (ENOMEM) if even the
+    addresses are refused.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self.memory = mmap.mmap(-1, max(blocks, 1) * DIGEST_BYTES, flags=flags)
+        # One digest must not cost a huge page, which would stand for 512 MiB of image.
+        self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._words = memoryview(self.memory).cast("Q")
+        self._address = ffi.cast("uint64_t *", ffi.from_buffer(self.memory))
+
+    def known(self, first: int, count: int) -> bool:
+        """Whether the digests of all of blocks [first, first + count) are there.
+
+        Ten times cheaper than computing them. Looks at the low halves only: a digest whose low half is 0 is taken
+        for missing and merely computed again.
+        """
+        return 0 not in self._words[2 * first : 2 * (first + count) : 2].tolist()
+
+    def compute(self, first: int, count: int, data: bytes | memoryview, skip: int) -> None:
+        """Digests ``count`` blocks found in ``data`` from byte ``skip`` on and enters them from block ``first`` on."""
+        lib.udd_digest_pages(ffi.from_buffer(data) + skip, count, self._address + 2 * first)
+
+    def clear(self) -> None:
+        """Forgets all digests and gives the memory back."""
+        self.memory.madvise(mmap.MADV_DONTNEED)

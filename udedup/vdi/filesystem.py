@@ -1,0 +1,322 @@
+"""The FUSE file system: one flat read-only directory of disk images, served in the caller's trio loop.
+
+What is read from an image is digested on its way, and the reader's process is told to ``on_read``: the content hint.
+A read is answered from the loop's own thread if the image file's data is in the page cache (one preadv2 that refuses
+to wait), otherwise by a worker thread, so that a slow disk never holds up the engine.
+"""
+
+import errno
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, NoReturn
+
+import attrs
+import pyfuse3
+import trio
+
+from udedup.errors import UdedupError
+from udedup.vdi import mountpoint as mountpoints
+from udedup.vdi.digests import BLOCK_BYTES
+from udedup.vdi.fastpoll import fast_poll
+from udedup.vdi.images import NAME_BYTES_MAX, Image, Images
+
+log = logging.getLogger(__name__)
+
+OnRead = Callable[[Image, int, int, int], None]
+
+# The largest read FUSE asks for: 256 pages.
+READ_BYTES_MAX: Final = 1 << 20
+# Names never vanish and inodes never change; a changed image's mtime must get through (the kernel then drops what it
+# has cached of it).
+ENTRY_SECONDS: Final = 3600.0
+ATTRIBUTE_SECONDS: Final = 1.0
+# How often the files of images that have been read are examined for changes.
+EXAMINE_SECONDS: Final = 1.0
+# Reads that wait for disks at the same time; apart from trio's own limit, so that they can't use up the threads of the
+# rest of the engine.
+DISK_THREADS: Final = 16
+PREPARE_SECONDS: Final = 10.0
+
+
+@attrs.frozen
+class Handle:
+    """One open file."""
+
+    image: Image
+    """What is open."""
+    pid: int
+    """Process that opened it; those it has forked share it. 0 if unknown."""
+
+
+class ImageFilesystem(pyfuse3.Operations):
+    """Answers the kernel's requests. Handlers raise FUSEError only; what else they raise ends the mount."""
+
+    def __init__(self, images: Images, on_read: OnRead, *, allow_other: bool) -> None:
+        super().__init__()
+        self.handles: dict[int, Handle] = {}
+        self._images = images
+        self._on_read = on_read
+        self._allow_other = allow_other
+        self._numbers = itertools.count(1)
+        self._limiter = trio.CapacityLimiter(DISK_THREADS)
+        # Every answer from the page cache is built here. That is safe because pyfuse3 hands the returned view to the
+        # kernel before it gives up control.
+        self._buffer = memoryview(bytearray(READ_BYTES_MAX))
+
+    async def watch(self) -> None:
+        """Examines images that are being read until cancelled.
+
+        Once a second and in a worker thread, not on every read: a stat on each costs 7% of a 4 KiB read, and no
+        frequency would make digests trustworthy, since a write can follow any check (and a block device has no mtime).
+        """
+        while True:
+            await trio.sleep(EXAMINE_SECONDS)
+            for image in self._images:
+                if image.touched:
+                    image.touched = False
+                    await self._examine(image)
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._image(inode))
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if name in (b".", b".."):
+            return self._root_attributes()
+        # The kernel doesn't remember a name that is not there (there is no entry to give a timeout for), so an image
+        # added later shows at once.
+        image = self._images.by_name.get(os.fsdecode(name))
+        if image is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._attributes(image)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: images stay as long as the mount."""
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for image in self._images:
+            # Inodes ascend in the order of adding and are never used again: they do as positions.
+            if image.inode > start_id and not pyfuse3.readdir_reply(
+                token, os.fsencode(image.name), self._attributes(image), image.inode
+            ):
+                return
+
+    async def releasedir(self, fh: int) -> None:
+        """Nothing is held for an open directory."""
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = BLOCK_BYTES
+        answer.f_blocks = sum(-(-image.size // BLOCK_BYTES) for image in self._images)
+        answer.f_bfree = answer.f_bavail = 0
+        answer.f_files = len(self._images)
+        answer.f_ffree = answer.f_favail = 0
+        answer.f_namemax = NAME_BYTES_MAX
+        return answer
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        image = self._image(inode)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        await self._examine(image)
+        number = next(self._numbers)
+        self.handles[number] = Handle(image, process_of(ctx.pid))
+        return pyfuse3.FileInfo(fh=number, keep_cache=True)
+
+    async def flush(self, fh: int) -> None:
+        """Nothing is ever written: with this answer the kernel stops asking, which saves a request per close."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def release(self, fh: int) -> None:
+        del self.handles[fh]
+
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
+        """The bytes asked for, fewer only at the end of the image.
+
+        A file that has become shorter than its image gives EIO for any read that reaches beyond it, rather than a
+        short answer, which the kernel would take for a new size. Readahead that fails so is asked for again page by
+        page, and what is left of the file is still served.
+        """
+        handle = self.handles[fh]
+        image = handle.image
+        size = min(size, image.size - off)
+        if size <= 0:
+            return b""
+        image.touched = True
+        generation = image.generation
+        data: bytes | memoryview = self._buffer[:size]
+        try:
+            if not image.read_cached(self._buffer[:size], off):
+                data = await trio.to_thread.run_sync(
+                    image.read, off, size, abandon_on_cancel=True, limiter=self._limiter
+                )
+        except OSError as error:
+            fail(image, error)
+        # Digests of what was read before a change was noticed must not outlive it.
+        if generation == image.generation:
+            first, count = image.note_digests(off, data)
+            if count:
+                self._on_read(image, first, count, handle.pid)
+        return data
+
+    async def _examine(self, image: Image) -> None:
+        try:
+            stamp = await trio.to_thread.run_sync(image.examine, abandon_on_cancel=True, limiter=self._limiter)
+        except OSError as error:
+            image.report("examine", f"can't be examined for changes: {error.strerror}")
+        else:
+            image.update(stamp)
+
+    def _image(self, inode: int) -> Image:
+        image = self._images.by_inode.get(inode)
+        if image is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return image
+
+    def _root_attributes(self) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.ROOT_INODE
+        entry.st_mode = stat.S_IFDIR | (0o555 if self._allow_other else 0o500)
+        entry.st_nlink = 2
+        entry.st_uid, entry.st_gid = os.geteuid(), os.getegid()
+        entry.attr_timeout = entry.entry_timeout = ATTRIBUTE_SECONDS
+        return entry
+
+    def _attributes(self, image: Image) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = image.inode
+        # Other users may read what they may read of the file itself, if they are let in at all.
+        entry.st_mode = stat.S_IFREG | (image.mode & 0o444 if self._allow_other else 0o400)
+        entry.st_uid, entry.st_gid = image.owner if self._allow_other else (os.geteuid(), os.getegid())
+        entry.st_size = image.size
+        entry.st_blocks = -(-image.size // 512)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = image.mtime_ns
+        entry.attr_timeout, entry.entry_timeout = ATTRIBUTE_SECONDS, ENTRY_SECONDS
+        return entry
+
+
+def fail(image: Image, error: OSError) -> NoReturn:
+    """Answers a read that failed, EIO whatever the cause, as a disk would."""
+    image.report("read", f"can't be read: {error.strerror}; its readers get EIO")
+    raise pyfuse3.FUSEError(errno.EIO) from error
+
+
+def process_of(task: int) -> int:
+    """The process that task (thread) ``task`` belongs to: FUSE gives the thread. ``task`` itself if it is gone."""
+    try:
+        lines = Path(f"/proc/{task}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return task
+    return next((int(line.split()[1]) for line in lines if line.startswith("Tgid:")), task)
+
+
+def fuse_descriptors() -> set[int]:
+    """Descriptors of this process on which a FUSE device is open."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if entry.readlink() == Path("/dev/fuse"):
+                found.add(int(entry.name))
+        except FileNotFoundError:
+            # Closed since, as the descriptor of the listing itself always is.
+            continue
+    return found
+
+
+@contextmanager
+def session(directory: Path, filesystem: ImageFilesystem, *, allow_other: bool) -> Iterator[int]:
+    """Has ``filesystem`` mounted on ``directory``; yields the descriptor of the FUSE device.
+
+    At the end it is unmounted whatever has happened. Files that are open then give errors to their readers.
+    """
+    if pyfuse3.trio_token is not None:
+        raise UdedupError(f"mount point {directory}: this process has a mount already, and pyfuse3 allows one")
+    options = {"default_permissions", "ro", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
+    before = fuse_descriptors()
+    try:
+        pyfuse3.init(filesystem, str(directory), options | {"allow_other"} if allow_other else options)
+    except RuntimeError as error:
+        if "mount" in str(error):
+            # There is a session, only the mount failed.
+            pyfuse3.close(unmount=False)
+        raise UdedupError(f"mount point {directory}: {error}; `udedup doctor` may tell more") from error
+    try:
+        (descriptor,) = fuse_descriptors() - before
+        yield descriptor
+    finally:
+        if filesystem.handles:
+            users = ", ".join(str(pid) for pid in sorted({handle.pid for handle in filesystem.handles.values()}))
+            log.warning(
+                "mount point %s: unmounting with %d files open (by process %s), which can't be read any more",
+                directory, len(filesystem.handles), users,
+            )  # fmt: skip
+        # Closes the device first, so that it can't wait for ourselves, and unmounts lazily.
+        pyfuse3.close()
+        left = mountpoints.mount_at(directory)
+        if left is not None and left.ours:
+            # The connection was aborted from outside; libfuse then leaves the mount alone.
+            mountpoints.detach(directory)
+
+
+async def serve(
+    mountpoint: Path,
+    images: Images,
+    on_read: OnRead,
+    *,
+    allow_other: bool = False,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Mounts ``images`` on the directory ``mountpoint`` and serves them until cancelled, then unmounts.
+
+    Reports st_dev of the mount to ``task_status`` once it answers. ``on_read(image, first_block, blocks, pid)`` is
+    called in the loop's thread for every read that covers whole blocks, after their digests are in the image's table
+    and right before the reader gets the data; ``pid`` is the process that opened the file. Returns, with a warning
+    logged, if somebody unmounts. With ``allow_other`` other users may read what the image files' permissions let
+    them read; off, the engine's user only. Raises UdedupError if the mount can't be made.
+
+    A process can have one mount (pyfuse3 keeps it in module state).
+    """
+    await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
+    directory = await prepare(mountpoint)
+    filesystem = ImageFilesystem(images, on_read, allow_other=allow_other)
+    with session(directory, filesystem, allow_other=allow_other) as descriptor, fast_poll(descriptor):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(filesystem.watch)
+            nursery.start_soon(run_session, directory, nursery.cancel_scope)
+            images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
+            try:
+                task_status.started(images.mount_device)
+                await trio.sleep_forever()
+            finally:
+                images.mount_device = None
+
+
+async def prepare(mountpoint: Path) -> Path:
+    """:func:`udedup.vdi.mountpoint.prepare` in a worker thread; UdedupError also if what is mounted doesn't answer."""
+    with trio.move_on_after(PREPARE_SECONDS):
+        return await trio.to_thread.run_sync(mountpoints.prepare, mountpoint, abandon_on_cancel=True)
+    mount = mountpoints.mount_at(mountpoint.absolute())
+    raise UdedupError(f"mount point {mountpoint}: doesn't answer{mountpoints.describe(mount)}; unmount it first")
+
+
+async def run_session(directory: Path, scope: trio.CancelScope) -> None:
+    """Lets pyfuse3 answer requests until cancelled or unmounted from outside; the latter cancels ``scope``."""
+    await pyfuse3.main()
+    log.warning("mount point %s: was unmounted by someone else; images are no longer served", directory)
+    scope.cancel()
+
+
+def settle(directory: Path) -> int:
+    """Waits for the new mount to answer, sets its readahead and returns its st_dev."""
+    device = directory.stat().st_dev
+    os.statvfs(directory)
+    mountpoints.raise_readahead(device)
+    return device
