@@ -187,7 +187,12 @@ static int torture(void)
 	sigsegv_init();
 	worker_count = options.threads + service_count;
 	workers = shared_allocate(worker_count * sizeof(*workers));
-	pthread_t *threads = shared_allocate(worker_count * sizeof(*threads));
+	pthread_t *threads = calloc(worker_count, sizeof(*threads));
+
+	// malloc now has what it wants of the break. A page that stays keeps malloc_trim from giving back the end of it: it
+	// does so only while nobody else has moved the break.
+	if (!threads || sbrk(PAGE) == (void *)-1)
+		setup_error("the heap");
 
 	for (unsigned int i = 0; i < worker_count; i++) {
 		struct worker *w = workers[i] = shared_allocate(sizeof(*w));
@@ -214,6 +219,7 @@ static int torture(void)
 	watch();
 	for (unsigned int i = 0; i < worker_count; i++)
 		pthread_join(threads[i], NULL);
+	free(threads);
 	print_result();
 	return 0;
 }
