@@ -41,7 +41,8 @@ class Image:
 
 
 def build(folder: Path) -> Image:
-    """Returns the image kept in ``folder``, which is built first if it is not there."""
+    """Returns the image kept below ``folder``, which is built first if it is not there."""
+    folder = folder / "main-job"
     description = folder / "image.json"
     if not description.exists():
         shutil.rmtree(folder, ignore_errors=True)

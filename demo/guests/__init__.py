@@ -1,0 +1,24 @@
+"""Virtual machines for the scenarios: disk images made from Debian's packages, and QEMU guests that boot from them.
+
+```
+image = guests.build_image("boot", CACHE)               # once; afterwards found in the cache
+async with guests.booted(GuestConfig(image=image, disk=mount / "boot.img"), folder, wrap=wrapped(socket)) as guest:
+    done = await guest.run("sha256sum --quiet -c /etc/manifest")
+```
+"""
+
+from demo.guests.guest import Completed, Guest, GuestConfig, GuestError, booted, started, wrapped
+from demo.guests.image import KINDS, GuestImage, build_image
+
+__all__ = [
+    "KINDS",
+    "Completed",
+    "Guest",
+    "GuestConfig",
+    "GuestError",
+    "GuestImage",
+    "booted",
+    "build_image",
+    "started",
+    "wrapped",
+]
