@@ -187,6 +187,7 @@ int udd_agent_init(const char *socket_path, const char *label)
 		return -ENAMETOOLONG;
 	strcpy(agent->label, label); // NOLINT: it fits
 	read_command(agent->command, sizeof(agent->command));
+	agent->keep_ksm = getenv("UDEDUP_KEEP_KSM") != NULL;
 	open_test_counters();
 	ret = reserve();
 	if (ret) {

@@ -115,6 +115,7 @@ struct udd_agent {
 	uint64_t engine_id[2];     // the engine joined last
 	uint64_t hooks;            // bit set of installed hooks
 	uint64_t *test_counters;   // UDEDUP_TEST_COUNTERS, shared with whoever tests; else NULL
+	bool keep_ksm;             // UDEDUP_KEEP_KSM: MADV_MERGEABLE goes to the kernel
 	uint32_t test_delays;      // UDEDUP_TEST_DELAYS: transactions dawdle at every step
 	char socket_path[UDD_PATH_MAX];
 	char label[UDD_LABEL_MAX];

@@ -421,6 +421,13 @@ static enum advice_kind advice_kind(int advice, uint32_t *attribute, bool *sets)
 	return ADVICE_HARMLESS;
 }
 
+// KSM would scan the same memory, and what it merges can't be moved. The kernel only says whether all of it is mapped, as
+// it would for the advice.
+static long withhold_from_ksm(void *address, size_t length)
+{
+	return udd_sys(SYS_msync, address, length, MS_ASYNC);
+}
+
 static int hook_madvise(void *address, size_t length, int advice)
 {
 	struct udd_span span = span_of(address, length);
@@ -432,6 +439,8 @@ static int hook_madvise(void *address, size_t length, int advice)
 
 	if (kind == ADVICE_HARMLESS || (uintptr_t)address % UDD_PAGE_SIZE || !sound(address, length))
 		return (int)as_errno(udd_sys(SYS_madvise, address, length, advice));
+	if (advice == MADV_MERGEABLE && !udd_agent.keep_ksm)
+		return (int)as_errno(withhold_from_ksm(address, length));
 	enter();
 	if (!udd_merged_in(span)) {
 		ret = udd_sys(SYS_madvise, address, length, advice);

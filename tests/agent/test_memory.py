@@ -7,7 +7,7 @@ import pytest
 from agent.conftest import Wrapper
 
 PROGRAM = Path(__file__).parent / "programs" / "memory.c"
-NEED_MERGING = {"write-keeps-the-rest", "written-by-the-kernel", "raw-dontneed", "free"}
+NEED_MERGING = {"write-keeps-the-rest", "written-by-the-kernel", "raw-dontneed", "free", "mergeable"}
 """Cases that speak of the merging itself; all others must hold without an agent, too."""
 
 CASES = (
@@ -31,6 +31,7 @@ CASES = (
     "heap-shrinks",
     "locked",
     "attributes",
+    "mergeable",
     "wiped-on-fork",
 )
 
@@ -46,6 +47,11 @@ def program(compile_c: Callable[..., Path]) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_merged_memory(wrapped: Wrapper, program: Path, case: str, layout: str) -> None:
     wrapped.check(program, case, layout)
+
+
+@pytest.mark.parametrize("layout", ["whole", "cut"])
+def test_memory_is_given_to_ksm_on_request(wrapped: Wrapper, program: Path, layout: str) -> None:
+    wrapped.check(program, "mergeable", layout, extra={"UDEDUP_KEEP_KSM": "1"})
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NEED_MERGING])

@@ -124,6 +124,12 @@ def test_preload_of_the_user_stays(temp: Path) -> None:
 
 
 @pytest.mark.require("userfaultfd-move", "root")
+@pytest.mark.parametrize(("options", "told"), [((), ""), (("--keep-ksm",), "1")])
+def test_agent_is_told_to_leave_memory_to_ksm(temp: Path, options: tuple[str, ...], told: str) -> None:
+    assert udedup("run", *options, "--", "sh", "-c", 'echo "$UDEDUP_KEEP_KSM"').stdout == told + "\n"
+
+
+@pytest.mark.require("userfaultfd-move", "root")
 def test_output_and_input_are_passed_through(temp: Path) -> None:
     data = os.urandom(1 << 20)
     done = subprocess.run([*UDEDUP, "run", "cat"], input=data, capture_output=True, check=False, timeout=60)

@@ -16,13 +16,18 @@ from udedup.errors import UdedupError
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``udedup run``."""
-    parser.usage = "udedup run [-h] [--socket PATH] [--domain LABEL] [--] CMD [ARG ...]"
+    parser.usage = "udedup run [-h] [--socket PATH] [--domain LABEL] [--keep-ksm] [--] CMD [ARG ...]"
     add_socket_option(parser)
     parser.add_argument(
         "--domain",
         type=domain_label,
         metavar="LABEL",
         help="share only with programs of this trust domain (the engine must allow it; default: the user's own)",
+    )
+    parser.add_argument(
+        "--keep-ksm",
+        action="store_true",
+        help="let the command give its memory to KSM as well (otherwise its MADV_MERGEABLE has no effect)",
     )
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="CMD ARG", help="the command and its arguments")
 
@@ -55,14 +60,12 @@ def run(args: argparse.Namespace) -> int:
             from udedup.engine.control import request
 
             request(socket, {"op": "check_domain", "label": args.domain})
-        return execute(program, wrapped_environment(environment, library, socket, args.domain))
+        return execute(program, wrapped_environment(environment, args, library, socket))
 
     require_host()
     from udedup.commands.embedded import run_beside_engine
 
-    return run_beside_engine(
-        program, args.domain, lambda own: wrapped_environment(environment, library, own, args.domain)
-    )
+    return run_beside_engine(program, args.domain, lambda own: wrapped_environment(environment, args, library, own))
 
 
 def _engine_listens(path: Path) -> bool:
@@ -79,10 +82,14 @@ def _engine_listens(path: Path) -> bool:
     return True
 
 
-def wrapped_environment(environment: dict[str, str], library: Path, socket: Path, domain: str | None) -> dict[str, str]:
+def wrapped_environment(
+    environment: dict[str, str], args: argparse.Namespace, library: Path, socket: Path
+) -> dict[str, str]:
     """Returns ``environment`` with what makes the loader bring in the agent, and the agent find its engine."""
     before = [item for item in environment.get("LD_PRELOAD", "").replace(":", " ").split() if item != str(library)]
     added = {"LD_PRELOAD": ":".join([str(library), *before]), "UDEDUP_SOCKET": str(socket.absolute())}
-    if domain is not None:
-        added["UDEDUP_DOMAIN"] = domain
+    if args.domain is not None:
+        added["UDEDUP_DOMAIN"] = args.domain
+    if args.keep_ksm:
+        added["UDEDUP_KEEP_KSM"] = "1"
     return environment | added
