@@ -129,7 +129,9 @@ class Guest:
     async def ready(self, seconds: float = BOOT_SECONDS) -> None:
         """Waits until the guest takes commands. Raises GuestError if it does not get there."""
         with self._failing("boot", seconds), trio.fail_after(seconds):
-            while await self._lines.read() != b"ready":
+            while self.config.incoming and not (await self.monitor.command("query-status"))["running"]:
+                await trio.sleep(0.1)
+            while not self.config.incoming and await self._lines.read() != b"ready":
                 pass
 
     async def run(self, command: str, *, check: bool = True, seconds: float = BOOT_SECONDS) -> Completed:
