@@ -19,6 +19,7 @@ MANIFEST = "etc/manifest"
 """In the root file system: sha256sum's list of all its regular files."""
 
 _SUITE = "bookworm"
+_MIRROR = "http://deb.debian.org/debian"
 _HERE = Path(__file__).parent
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio-rng")
 _FOLDERS = ("dev", "proc", "sys", "run", "tmp", "root", "var/tmp", "etc")
@@ -115,13 +116,13 @@ def _build(kind: Kind, folder: Path, temporary: Path) -> GuestImage:
     _build_initrd(kernel_tree, temporary / "initrd", folder / "initrd")
 
     if kind.bootstrapped:
-        _run(["debootstrap", "--variant=minbase", f"--include={','.join(kind.packages)}", _SUITE, root])
+        _run(["debootstrap", "--variant=minbase", f"--include={','.join(kind.packages)}", _SUITE, root, _MIRROR])
         shutil.rmtree(root / "var/cache/apt")
         shutil.rmtree(root / "var/lib/apt/lists")
     else:
         _unpack(kind.packages, root, temporary)
-    for source in kind.sources:
-        _run(["apt-get", "--quiet", "--quiet", "--only-source", "source", source], cwd=root / "root")
+    if kind.sources:
+        _unpack_sources(kind.sources, root / "root", temporary)
     files = _finish(root)
     size = _build_disk(root, folder / "disk.img", kind.free)
     return GuestImage(folder / "kernel", folder / "initrd", folder / "disk.img", size, files)
@@ -172,6 +173,23 @@ def _unpack(packages: Sequence[str], root: Path, temporary: Path) -> None:
         unpack = 'dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2" --keep-directory-symlink'
         _run(["sh", "-c", unpack, "sh", package, root])
     (root / "usr/bin/sh").symlink_to("bash")
+
+
+def _unpack_sources(sources: Sequence[str], folder: Path, temporary: Path) -> None:
+    """Unpacks what Debian's source packages have from upstream, each in a folder of its own."""
+    # Most machines have no deb-src line: lists of our own, beside the machine's.
+    lists, listing = temporary / "lists", temporary / "sources.list"
+    lists.mkdir()
+    listing.write_text(f"deb-src {_MIRROR} {_SUITE} main\n")
+    own = (f"Dir::Etc::SourceList={listing}", "Dir::Etc::SourceParts=-", f"Dir::State::Lists={lists}")
+    apt = ["apt-get", "--quiet", "--quiet", *(word for option in own for word in ("-o", option))]
+    _run([*apt, "update"])
+    for source in sources:
+        downloads = Path(tempfile.mkdtemp(dir=temporary))
+        _run([*apt, "--only-source", "--download-only", "source", source], cwd=downloads)
+        (archive,) = downloads.glob("*.orig.tar.*[!c]")
+        (folder / source).mkdir()
+        _run(["tar", "-x", "-C", folder / source, "--strip-components=1", "-f", archive])
 
 
 def _finish(root: Path) -> int:
