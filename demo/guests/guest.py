@@ -181,7 +181,8 @@ class Guest:
 
     async def shut_down(self, seconds: float = END_SECONDS) -> None:
         """Has the guest unmount its disk and switch off, and waits for QEMU's end. Raises GuestError if it fails."""
-        text = "sync; mount -o remount,ro / && exec busybox poweroff -f"
+        # Daemons keep the file system busy.
+        text = "kill -TERM -1; sleep 1; kill -KILL -1; sync; mount -o remount,ro / && exec busybox poweroff -f"
         async with self._lock:
             with self._failing("shut down", seconds), trio.fail_after(seconds):
                 await self._lines.write(b"0 " + base64.b64encode(text.encode()))
