@@ -12,7 +12,7 @@ NATIVE = Path("native")
 
 AGENT = Extension(
     "udedup.libudedup",
-    sources=sorted(str(path) for path in (NATIVE / "agent").glob("*.c")),
+    sources=sorted(str(path) for part in ("agent", "common") for path in (NATIVE / part).glob("*.c")),
     depends=sorted(str(path) for path in NATIVE.glob("**/*.h")),
     include_dirs=["native"],
     define_macros=[("_GNU_SOURCE", "1")],

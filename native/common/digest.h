@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The digest of a page: XXH3_128bits, seed 0, of its 4096 bytes. Header-only from libxxhash-dev, so that libudedup.so
-// links libc only. Digests say where to look; they are never trusted with content (the agent compares bytes).
+// The digest of a page: XXH3_128bits, seed 0, of its 4096 bytes. Digests say where to look; they are never trusted with
+// content (the agent compares bytes).
 #ifndef UDD_DIGEST_H
 #define UDD_DIGEST_H
-
-#define XXH_INLINE_ALL
-#include <xxhash.h>
 
 #include "wire.h"
 
@@ -14,11 +11,11 @@ struct udd_digest {
 	uint64_t high;
 };
 
-static inline struct udd_digest udd_digest_page(const void *page)
-{
-	XXH128_hash_t hash = XXH3_128bits(page, UDD_PAGE_SIZE);
+// As fast as the processor can.
+struct udd_digest udd_digest_page(const void *page);
 
-	return (struct udd_digest){.low = hash.low64, .high = hash.high64};
-}
+// The same on every x86-64, and for processors with AVX2: two to three times as fast.
+struct udd_digest udd_digest_page_sse2(const void *page);
+struct udd_digest udd_digest_page_avx2(const void *page);
 
 #endif

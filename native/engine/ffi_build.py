@@ -23,7 +23,9 @@ ffi.cdef(declarations(NATIVE / "engine" / "engine.h"))
 ffi.set_source(
     "udedup._native",
     '#include "engine/engine.h"',
-    sources=sorted(str(path.relative_to(NATIVE.parent)) for path in (NATIVE / "engine").glob("*.c")),
+    sources=sorted(
+        str(path.relative_to(NATIVE.parent)) for part in ("engine", "common") for path in (NATIVE / part).glob("*.c")
+    ),
     include_dirs=["native"],
     depends=sorted(str(path.relative_to(NATIVE.parent)) for path in NATIVE.glob("**/*.h")),
     extra_compile_args=[

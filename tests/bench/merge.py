@@ -23,6 +23,9 @@ KSM_SECONDS: Final = 100.0
 KSM_SETTINGS: Final = {"pages_to_scan": "100000", "sleep_millisecs": "0", "run": "1"}
 """Full speed; ``run`` last."""
 
+FULL_SPEED: Final = ("--sleep-millisecs", KSM_SETTINGS["sleep_millisecs"], "--pages-to-scan", KSM_SETTINGS["pages_to_scan"])
+"""The same for the engine."""
+
 KSM_UNMERGE: Final = "2"
 PROCESSES: Final = 2
 
@@ -82,7 +85,7 @@ def measure_udedup(bench: Bench, layout: Layout, seed: int) -> Cost:
     """Merges the layout once."""
     program = bench.compile("layout")
     merged = PROCESSES * layout.pages
-    with bench.engine("--sleep-millisecs", "0") as engine, ExitStack() as stack:
+    with bench.engine(*FULL_SPEED) as engine, ExitStack() as stack:
         programs = [
             stack.enter_context(bench.start(engine, program, layout.runs, layout.run, 1, seed))
             for _ in range(PROCESSES)
