@@ -17,6 +17,7 @@ enum {
 	BATCH = 16,                 // events read at a time
 	ASIDE_MAX = 256,            // faults put aside; a blocked thread has one at most
 	WIDEN_FACTOR = 4,           // a sequential writer's next break, in multiples of its last
+	WIDEN_MOST = 128,          // the copies should still be in the processor's cache when the writer comes to them
 	WIDEN_FIRST = 8,            // pages of its second break
 	DISSOLVE_NS = 2000000,      // one lone page may dissolve every so often
 	DISSOLVES_MAX = 64,         // that many at once
@@ -98,7 +99,7 @@ static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 	}
 	if (pages == 1)
 		stream = live->breaking_next++ % (sizeof(live->breaking) / sizeof(live->breaking[0]));
-	pages = udd_min(pages, UDD_STAGING_PAGES);
+	pages = udd_min(pages, WIDEN_MOST);
 	span = udd_span_clip((struct udd_span){page, page + udd_bytes(pages)}, udd_run_span(run));
 	live->breaking[stream].next = span.end;
 	live->breaking[stream].pages = pages;
