@@ -17,7 +17,7 @@ enum {
 	BATCH = 16,                 // events read at a time
 	ASIDE_MAX = 256,            // faults put aside; a blocked thread has one at most
 	WIDEN_FACTOR = 4,           // a sequential writer's next break, in multiples of its last
-	WIDEN_MOST = 128,          // the copies should still be in the processor's cache when the writer comes to them
+	WIDEN_MOST = 128,           // the copies should still be in the processor's cache when the writer comes to them
 	WIDEN_FIRST = 8,            // pages of its second break
 	DISSOLVE_NS = 2000000,      // one lone page may dissolve every so often
 	DISSOLVES_MAX = 64,         // that many at once

@@ -23,7 +23,12 @@ KSM_SECONDS: Final = 100.0
 KSM_SETTINGS: Final = {"pages_to_scan": "100000", "sleep_millisecs": "0", "run": "1"}
 """Full speed; ``run`` last."""
 
-FULL_SPEED: Final = ("--sleep-millisecs", KSM_SETTINGS["sleep_millisecs"], "--pages-to-scan", KSM_SETTINGS["pages_to_scan"])
+FULL_SPEED: Final = (
+    "--sleep-millisecs",
+    KSM_SETTINGS["sleep_millisecs"],
+    "--pages-to-scan",
+    KSM_SETTINGS["pages_to_scan"],
+)
 """The same for the engine."""
 
 KSM_UNMERGE: Final = "2"
