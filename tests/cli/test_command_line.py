@@ -49,6 +49,8 @@ def test_tables_come_as_json_too(name: str) -> None:
         ("unmerge", "0"),
         ("engine", "--policy", "best"),
         ("engine", "--pages-to-scan", "0"),
+        ("engine", "--advisor-mode", "best"),
+        ("engine", "--advisor-min-pages-to-scan", "0"),
         ("engine", "--pages-to-scan", "many"),
         ("engine", "--sleep-millisecs", "-1"),
         ("engine", "--hint-ratio", "1"),

@@ -1,6 +1,7 @@
 """Small parts: configuration, domains, lead times, what the kernel says, the control client without an engine."""
 
 import json
+import math
 import mmap
 import os
 import socket
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from udedup._native import ffi, lib
 from udedup.engine import control, kernel, maplimit
 from udedup.engine.accounting import LeadTimes
+from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import DomainRules
 from udedup.engine.wire import HEADER, SHARED_BYTES, refusal
@@ -32,6 +34,11 @@ PAGE = 4096
         ({"hint_runs": 0, "scan_runs": 0}, "0:0"),
         ({"hint_runs": -1}, "-1:1"),
         ({"hint_slots": 0}, "hint slots"),
+        ({"advisor": ScanTimeTarget(), "sleep_millisecs": 0}, "a sleep of 0 ms"),
+        ({"advisor": ScanTimeTarget(seconds=math.nan)}, "scan time is nan"),
+        ({"advisor": ScanTimeTarget(max_cpu=0)}, "CPU limit is 0%"),
+        ({"advisor": ScanTimeTarget(max_cpu=101)}, "CPU limit is 101%"),
+        ({"advisor": ScanTimeTarget(min_pages_to_scan=2, max_pages_to_scan=1)}, "2 to 1, are no range"),
         ({"images": ((None, Path("/x")),)}, "mount"),
     ],
 )

@@ -1,12 +1,14 @@
 """The scheduler's pacing, against a model of the engine and trio's mock clock: no real time passes."""
 
 import itertools
+from typing import Any
 
 import attrs
 import pytest
 import trio
 import trio.testing
 
+from udedup.engine.advisor import FixedPace, Pace, ScanTimePace, ScanTimeTarget
 from udedup.engine.scheduler import Policy, Scheduler, Step, policy_named
 
 PAGES = 100
@@ -23,13 +25,17 @@ class Model:
     merges_per_round: int = 0
     scan_seconds: float = 0.0
     """Time one scan call takes."""
+    cpu_per_page: float = 0.0
+    """s."""
     present: bool = True
     merged: int = 0
+    visited: int = 0
     position: int = 0
     diary: list[tuple[float, str, int]] = attrs.field(factory=list)
     changed: trio.Event = attrs.field(factory=trio.Event)
 
     def note(self, what: str, pages: int) -> None:
+        self.visited += pages
         self.diary.append((trio.current_time(), what, pages))
 
     async def wait_for_agents(self) -> None:
@@ -61,6 +67,10 @@ class Model:
             return
         await self.changed.wait()
 
+    @property
+    def cpu_seconds(self) -> float:
+        return self.cpu_per_page * self.visited
+
     def pages(self, what: str) -> int:
         return sum(pages for _, kind, pages in self.diary if kind == what)
 
@@ -69,9 +79,9 @@ class Model:
         self.changed = trio.Event()
 
 
-async def run_for(seconds: float, model: Model, policy: Policy, sleep_millisecs: int) -> None:
+async def run_for(seconds: float, model: Model, policy: Policy, sleep_millisecs: int, pace: Pace | None = None) -> None:
     with trio.move_on_after(seconds):
-        await Scheduler(model, policy, pages_to_scan=PAGES, sleep_millisecs=sleep_millisecs).run()
+        await Scheduler(model, policy, pace or FixedPace(PAGES), sleep_millisecs=sleep_millisecs).run()
 
 
 @pytest.mark.parametrize("policy", [Policy(0, 1), Policy(1, 1), Policy(3, 1), Policy(1, 0)])
@@ -156,3 +166,57 @@ async def test_hints_are_served_at_once_while_the_scan_rests(
 def test_unknown_policy() -> None:
     with pytest.raises(KeyError):
         policy_named("eager", 1, 1)
+
+
+def advised(**target: float) -> ScanTimePace:
+    settings: dict[str, Any] = {"min_pages_to_scan": 1, "max_pages_to_scan": 10**9, **target}
+    return ScanTimePace(ScanTimeTarget(**settings), pages_to_scan=PAGES, sleep_seconds=0.02)
+
+
+@pytest.mark.parametrize("round_pages", [2_000, 100_000, 300_000])
+async def test_advisor_reaches_the_scan_time(round_pages: int, autojump_clock: trio.testing.MockClock) -> None:
+    """Whatever there is to scan: 10 s, to within the last spurt and the smoothing."""
+    model, pace = Model(round_pages=round_pages), advised(seconds=10.0, max_cpu=100.0)
+    await run_for(600, model, Policy(0, 1), 20, pace)
+    assert pace.pages_to_scan * 10 / 0.02 == pytest.approx(round_pages, rel=0.2)
+
+
+async def test_advisor_follows_memory_that_grows(autojump_clock: trio.testing.MockClock) -> None:
+    model, pace = Model(round_pages=50_000), advised(seconds=10.0)
+    await run_for(300, model, Policy(1, 1), 20, pace)
+    before = pace.pages_to_scan
+    model.round_pages *= 4
+    await run_for(300, model, Policy(1, 1), 20, pace)
+    assert pace.pages_to_scan == pytest.approx(4 * before, rel=0.1)
+
+
+async def test_advisor_keeps_within_its_share_of_the_processor(autojump_clock: trio.testing.MockClock) -> None:
+    """At 10 µs a page, 20% of a processor are 500 pages in 25 ms."""
+    model, pace = Model(round_pages=10**5, cpu_per_page=1e-5), advised(seconds=1.0, max_cpu=20.0)
+    await run_for(100, model, Policy(0, 1), 20, pace)
+    assert pace.pages_to_scan == pytest.approx(500, rel=0.02)
+
+
+async def test_advisor_counts_hinted_pages_as_work(autojump_clock: trio.testing.MockClock) -> None:
+    model, pace = Model(hints=10**9, round_pages=10**5, cpu_per_page=1e-5), advised(seconds=1.0, max_cpu=20.0)
+    await run_for(100, model, Policy(1, 1), 20, pace)
+    assert pace.pages_to_scan == pytest.approx(500, rel=0.02)
+
+
+async def test_advisor_stays_in_its_bounds(autojump_clock: trio.testing.MockClock) -> None:
+    least, most = advised(seconds=10**6, min_pages_to_scan=70), advised(seconds=0.001, max_pages_to_scan=300)
+    for pace, pages in ((least, 70), (most, 300)):
+        await run_for(100, Model(round_pages=5000), Policy(0, 1), 20, pace)
+        assert pace.pages_to_scan == pages
+
+
+async def test_waiting_for_agents_is_not_scan_time(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model, pace = Model(present=False, round_pages=PAGES), advised(seconds=0.02)
+    nursery.start_soon(run_for, 10_000.021, model, Policy(0, 1), 20, pace)
+    await trio.sleep(10_000)
+    model.present = True
+    model.change()
+    await trio.sleep(1)
+    assert pace.pages_to_scan == PAGES

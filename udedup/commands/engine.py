@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from udedup.commands.host import require_host
-from udedup.commands.options import allowed_domain, count, image_argument, ratio
+from udedup.commands.options import add_advisor_options, allowed_domain, count, image_argument, ratio
 from udedup.errors import UdedupError
 from udedup.places import default_socket
 
@@ -55,6 +55,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how long to sleep between; 0: no limit on the rate (default: %(default)s)",
     )
+    add_advisor_options(parser)
     parser.add_argument(
         "--hint-ratio",
         type=ratio,
@@ -93,9 +94,16 @@ def run(args: argparse.Namespace) -> int:
 
     import trio
 
+    from udedup.engine.advisor import ScanTimeTarget
     from udedup.engine.config import EngineConfig, Ready
     from udedup.engine.server import run_engine
 
+    advisor = ScanTimeTarget(
+        seconds=args.advisor_target_scan_time,
+        max_cpu=args.advisor_max_cpu,
+        min_pages_to_scan=args.advisor_min_pages_to_scan,
+        max_pages_to_scan=args.advisor_max_pages_to_scan,
+    )
     config = EngineConfig(
         socket=args.socket.absolute(),
         mount=None if args.mount is None else args.mount.absolute(),
@@ -103,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,
+        advisor=advisor if args.advisor_mode == "scan-time" else None,
         hint_runs=args.hint_ratio[0],
         scan_runs=args.hint_ratio[1],
         hint_slots=args.hint_slots,

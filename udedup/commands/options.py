@@ -26,6 +26,36 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def add_advisor_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what sets the rate of the scan by itself, under KSM's names and with KSM's defaults."""
+    parser.add_argument(
+        "--advisor-mode",
+        choices=("none", "scan-time"),
+        default="none",
+        help="scan-time: change --pages-to-scan so that a scan of all memory takes as long as wanted (default: none)",
+    )
+    parser.add_argument(
+        "--advisor-target-scan-time",
+        type=float,
+        default=200.0,
+        metavar="SECONDS",
+        help="how long a scan of all memory should take (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--advisor-max-cpu",
+        type=float,
+        default=70.0,
+        metavar="PERCENT",
+        help="of one processor, for engine and agents together; goes before the scan time (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--advisor-min-pages-to-scan", type=count(1), default=500, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--advisor-max-pages-to-scan", type=count(1), default=30000, metavar="N", help="default: %(default)s"
+    )
+
+
 def image_argument(text: str) -> tuple[str | None, Path]:
     """Parses ``[NAME=]PATH`` into (name, absolute path). A ``=`` behind a slash belongs to the path."""
     name, separator, path = text.partition("=")

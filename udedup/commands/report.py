@@ -15,6 +15,7 @@ _PAGES = (
     "zero_pages",
     "pages_scanned",
     "full_scans",
+    "pages_to_scan",
 )
 _WORK = ("hints", "merges", "breaks", "lead_time_seconds", "cpu_seconds")
 _AGENT_COLUMNS = ("pid", "uid", "domain", "pages_sharing", "zero_pages", "runs", "vmas", "merging", "command")

@@ -238,6 +238,8 @@ class Status(msgspec.Struct, frozen=True):
     """Pages that changed since the round before, as of each agent's last round."""
     pages_scanned: int
     full_scans: int
+    pages_to_scan: int
+    """Of the next spurt; an advisor changes it."""
     zero_pages: int
     bytes_saved: int
     general_profit: int

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import attrs
 
+from udedup.engine.advisor import ScanTimeTarget
 from udedup.errors import UdedupError
 from udedup.places import default_socket
 
@@ -37,6 +38,9 @@ class EngineConfig:
 
     sleep_millisecs: int = 20
     """Pause between spurts, ms (as in KSM); 0: no rate limit."""
+
+    advisor: ScanTimeTarget | None = None
+    """What sets pages_to_scan from round to round, as KSM's scan-time advisor; None: it stays."""
 
     hint_runs: int = 1
     """Spurts spent on hints, before … (XLH, USENIX ATC 2013)."""
@@ -76,12 +80,27 @@ class EngineConfig:
             raise UdedupError(f"pages to scan is {self.pages_to_scan}: give at least 1")
         if self.sleep_millisecs < 0:
             raise UdedupError(f"sleep is {self.sleep_millisecs} ms: give 0 (no rate limit) or more")
+        if self.advisor is not None:
+            self._check_advisor(self.advisor)
         if min(self.hint_runs, self.scan_runs) < 0 or self.hint_runs + self.scan_runs == 0:
             raise UdedupError(f"hint ratio {self.hint_runs}:{self.scan_runs} would never look at any page")
         if not 1 <= self.hint_slots <= 1 << 28:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
+
+    def _check_advisor(self, target: ScanTimeTarget) -> None:
+        if self.sleep_millisecs == 0:
+            raise UdedupError("the advisor sets a rate, but a sleep of 0 ms means none: give 1 or more")
+        if not target.seconds > 0:
+            raise UdedupError(f"the advisor's target scan time is {target.seconds:g} s: give more than 0")
+        if not 0 < target.max_cpu <= 100:
+            raise UdedupError(f"the advisor's CPU limit is {target.max_cpu:g}%: give more than 0, at most 100")
+        if not 1 <= target.min_pages_to_scan <= target.max_pages_to_scan:
+            raise UdedupError(
+                f"the advisor's pages to scan, {target.min_pages_to_scan} to {target.max_pages_to_scan},"
+                " are no range: give 1 or more, and the least first"
+            )
 
 
 @attrs.frozen

@@ -18,7 +18,7 @@ from udedup.engine.accounting import (
     Status,
     StoreStatus,
 )
-from udedup.engine.agent import Agent
+from udedup.engine.agent import Agent, agents_cpu_seconds
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import Domain
 from udedup.engine.kernel import KernelView, read_smaps
@@ -46,6 +46,7 @@ def status(
     *,
     config: EngineConfig,
     counters: Counters,
+    pages_to_scan: int,
     overwritten: int,
     agents: list[Agent],
     visible: Iterable[Agent],
@@ -53,7 +54,11 @@ def status(
     images: list[ImageStatus],
     kernel: KernelView | None,
 ) -> Status:
-    """Everything. ``overwritten``: hinted pages that fell off the stack; ``visible``: agents the asker may see."""
+    """Everything.
+
+    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack; ``visible``: agents the
+    asker may see.
+    """
     shared = sum(domain.store.live_slots for domain in domains)
     used = sum(domain.store.used_slots for domain in domains)
     merged = sum(agent.pages_merged for agent in agents)
@@ -76,6 +81,7 @@ def status(
         pages_volatile=sum(agent.volatile for agent in agents),
         pages_scanned=counters.pages_scanned,
         full_scans=counters.full_scans,
+        pages_to_scan=pages_to_scan,
         zero_pages=zero,
         bytes_saved=saved,
         general_profit=saved - memory.engine - memory.agents,
@@ -103,7 +109,7 @@ def status(
         lead_time_seconds=LeadTimeStatus(p50=lead.percentile(0.5), p90=lead.percentile(0.9), p99=lead.percentile(0.99)),
         cpu_seconds=CpuStatus(
             engine=time.process_time(),
-            agents=(counters.agent_cpu_ns_gone + sum(agent.area.stats.cpu_ns for agent in agents)) / 1e9,
+            agents=agents_cpu_seconds(agents, counters),
         ),
         memory=memory,
         store=StoreStatus(

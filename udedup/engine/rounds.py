@@ -4,12 +4,13 @@ Like ksmd, the linear scan goes through one agent's memory to its end before it 
 several agents are worked with at a time. An agent that does not answer promptly is passed over until it does.
 """
 
+import time
 from functools import partial
 
 import trio
 
 from udedup.engine.accounting import Counters
-from udedup.engine.agent import Agent, Scanned
+from udedup.engine.agent import Agent, Scanned, agents_cpu_seconds
 from udedup.engine.hints import HintStack
 from udedup.engine.planner import Targets
 from udedup.engine.scheduler import Step
@@ -75,6 +76,11 @@ class Rounds:
     def merged(self) -> int:
         """Pages merged so far."""
         return self._counters.merged_pages
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU that the engine and all agents have used so far, s."""
+        return time.process_time() + agents_cpu_seconds(self.agents.values(), self._counters)
 
     async def wait_for_agents(self) -> None:
         """Returns once there is an agent."""

@@ -16,6 +16,8 @@ from typing import Protocol
 import attrs
 import trio
 
+from udedup.engine.advisor import Pace
+
 REST_FIRST = 0.02
 """First rest of a fruitless linear scan, s; doubled each time."""
 
@@ -43,6 +45,10 @@ class Workload(Protocol):
     @property
     def merged(self) -> int:
         """Pages merged so far."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU that the engine and all agents have used so far, s."""
 
     async def wait_for_agents(self) -> None:
         """Returns once there is somebody to work with."""
@@ -77,35 +83,58 @@ def policy_named(name: str, hint_runs: int, scan_runs: int) -> Policy:
 class Scheduler:
     """Runs spurts for ever."""
 
-    def __init__(self, workload: Workload, policy: Policy, *, pages_to_scan: int, sleep_millisecs: int) -> None:
+    def __init__(self, workload: Workload, policy: Policy, pace: Pace, *, sleep_millisecs: int) -> None:
         self._workload = workload
         self._policy = policy
-        self._pages = pages_to_scan
+        self._pace = pace
         self._sleep = sleep_millisecs / 1000
         self._rest = 0.0
         self._rests_until = 0.0
         self._round_began = 0.0
         self._round_merged = 0
+        self._round_seconds = 0.0
+        """Time since the round began that there was somebody to work with."""
+        self._round_visited = 0
+        self._round_cpu = 0.0
 
     async def run(self) -> None:
         """Until cancelled."""
         self._begin_round(trio.current_time())
+        self._round_cpu = self._workload.cpu_seconds
         for hints_first in self._policy.spurts():
             await self._workload.wait_for_agents()
-            await self._spurt(hints_first)
+            started = trio.current_time()
+            rounds = await self._spurt(hints_first)
             if self._sleep:
                 await trio.sleep(self._sleep)
             else:
                 await self._pause()
+            self._round_seconds += trio.current_time() - started
+            if rounds:
+                self._advise()
 
-    async def _spurt(self, hints_first: bool) -> None:
-        left = self._pages
+    async def _spurt(self, hints_first: bool) -> int:
+        """Returns how many rounds of the linear scan ended (0 or 1)."""
+        left = self._pace.pages_to_scan
         if hints_first:
-            left -= await self._workload.visit_hints(left)
-        if left > 0 and trio.current_time() >= self._rests_until:
-            step = await self._workload.scan(left)
-            if step.rounds and not self._sleep:
-                self._end_round()
+            hinted = await self._workload.visit_hints(left)
+            self._round_visited += hinted
+            left -= hinted
+        if left <= 0 or trio.current_time() < self._rests_until:
+            return 0
+        step = await self._workload.scan(left)
+        self._round_visited += step.visited
+        if step.rounds and not self._sleep:
+            self._end_round()
+        return step.rounds
+
+    def _advise(self) -> None:
+        """At the end of a round, the sleep after it included."""
+        cpu = self._workload.cpu_seconds
+        self._pace.end_round(
+            seconds=self._round_seconds, visited=self._round_visited, cpu_seconds=cpu - self._round_cpu
+        )
+        self._round_seconds, self._round_visited, self._round_cpu = 0.0, 0, cpu
 
     def _begin_round(self, at: float) -> None:
         self._round_began = at

@@ -20,6 +20,7 @@ import trio
 
 from udedup.engine import clients, kernel, maplimit, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
+from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
 from udedup.engine.clients import (
     CheckDomainRequest,
@@ -70,6 +71,8 @@ class Engine:
         self.counters = Counters()
         self.hints = HintStack(config.hint_slots)
         self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
+        self.pace = _pace(config)
+        """Sets pages_to_scan."""
         self.identity = (secrets.randbits(64) or 1, secrets.randbits(64) or 1)
         """Tells this engine from earlier ones."""
         self.mount_dev = 0
@@ -293,6 +296,7 @@ class Engine:
         return report.status(
             config=self.config,
             counters=self.counters,
+            pages_to_scan=self.pace.pages_to_scan,
             overwritten=self.hints.overwritten,
             agents=agents,
             visible=[agent for agent in agents if peer.uid in (0, os.geteuid(), agent.peer.uid)],
@@ -385,9 +389,7 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
         closing(Engine(config)) as engine,
     ):
         policy = policy_named(config.policy, config.hint_runs, config.scan_runs)
-        scheduler = Scheduler(
-            engine.rounds, policy, pages_to_scan=config.pages_to_scan, sleep_millisecs=config.sleep_millisecs
-        )
+        scheduler = Scheduler(engine.rounds, policy, engine.pace, sleep_millisecs=config.sleep_millisecs)
         async with trio.open_nursery() as nursery:
             if config.mount is not None:
                 from udedup.vdi.filesystem import serve
@@ -401,6 +403,12 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
             await trio.sleep_forever()
+
+
+def _pace(config: EngineConfig) -> Pace:
+    if config.advisor is None:
+        return FixedPace(config.pages_to_scan)
+    return ScanTimePace(config.advisor, pages_to_scan=config.pages_to_scan, sleep_seconds=config.sleep_millisecs / 1000)
 
 
 def _allow_descriptors() -> None:
