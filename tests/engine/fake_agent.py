@@ -101,12 +101,15 @@ class FakeAgent:
 
     # ---- the application's side ----
 
-    def hint(self, address: int, length: int, *, inode: int = 0, offset: int = 2**64 - 1) -> None:
-        """A read of ``length`` bytes to ``address`` is complete."""
+    def hint(
+        self, address: int, length: int, *, inode: int = 0, offset: int = 2**64 - 1, written: bool = False
+    ) -> None:
+        """A read of ``length`` bytes to ``address`` is complete, or a write (``written``) from there."""
         ticket = self.hints.head
         self.hints.head = ticket + 1
         slot = self.hints.slots[ticket % lib.UDD_HINT_SLOTS]
-        slot.address, slot.length, slot.flags = address, length, 0
+        slot.address, slot.length = address, length
+        slot.flags = lib.UDD_HINT_WRITE if written else 0
         slot.inode, slot.offset = inode, offset
         slot.nanoseconds = time.monotonic_ns() | (1 << 63 if inode else 0)
         slot.sequence = ticket + 1

@@ -53,6 +53,7 @@ async def test_hinted_image_blocks_merge_by_their_known_digest(start: Start, tmp
     status = await engine.status()
     assert status["hints"]["content"] >= 64
     assert status["hints"]["visited"] == 128
+    assert status["pages_scanned"] == 128
     assert [image["name"] for image in status["images"]] == ["disk"]
     assert status["mount"] == str(mount)
 

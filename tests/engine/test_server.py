@@ -165,14 +165,18 @@ async def test_rate_limit(start: Start) -> None:
 # ---- hints ----
 
 
-async def test_hinted_pages_merge_without_waiting_for_the_scan(start: Start) -> None:
-    """A page merges from one hint in each process, though the linear scan would have to see it twice, unchanged."""
+@pytest.mark.parametrize("written", [False, True])
+async def test_hinted_pages_merge_without_waiting_for_the_scan(start: Start, written: bool) -> None:
+    """A page merges from one hint in each process, though the linear scan would have to see it twice, unchanged.
+
+    The target of a read or the source of a write.
+    """
     engine = await start(pages_to_scan=50, sleep_millisecs=20)
     first = await engine.join(FakeAgent(engine.path, memory(100_000)))
     second = await engine.join(FakeAgent(engine.path, memory(100_000, base=0x100000000)))
     last = 99_000 * PAGE
-    first.hint(BASE + last, 10 * PAGE)
-    second.hint(0x100000000 + last, 10 * PAGE)
+    first.hint(BASE + last, 10 * PAGE, written=written)
+    second.hint(0x100000000 + last, 10 * PAGE, written=written)
     await engine.until(lambda: len(first.placed) == len(second.placed) == 10, "hinted pages merged")
     status = await engine.status()
     assert status["hints"] == {"place": 2, "content": 0, "dropped": 0, "visited": 20, "merged": 10}

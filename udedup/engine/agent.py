@@ -315,6 +315,8 @@ class Agent:
         """Looks up hinted pages, those of images by their known digest, the others after the agent hashed them."""
         reports, report_count, ranges, range_count = hinted.split()
         if report_count:
+            # Nobody had to hash them, but they are looked up, and charged against the rate, like all others.
+            self._counters.pages_scanned += report_count
             await self._take_reports(reports, report_count, hinted)
         start = 0
         while start < range_count:
