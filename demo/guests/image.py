@@ -143,25 +143,28 @@ def _run(command: Sequence[str | Path], cwd: Path | None = None) -> str:
 
 def _kernel_package() -> str:
     """The package that the kernel's meta-package stands for now."""
-    for line in _run(["apt-cache", "depends", KERNEL_PACKAGE]).splitlines():
+    for line in _with_lists(["apt-cache", "depends", KERNEL_PACKAGE]).splitlines():
         relation, _, name = line.strip().partition(": ")
         if relation == "Depends" and name.startswith("linux-image-"):
             return name
-    raise UdedupError(f"apt knows no kernel behind {KERNEL_PACKAGE}: try apt-get update")
+    raise UdedupError(f"apt knows no kernel behind {KERNEL_PACKAGE}")
 
 
 def _download(packages: Sequence[str], temporary: Path) -> list[Path]:
     folder = Path(tempfile.mkdtemp(dir=temporary))
-    command = ["apt-get", "--quiet", "--quiet", "download", *packages]
+    _with_lists(["apt-get", "--quiet", "--quiet", "download", *packages], cwd=folder)
+    return sorted(folder.glob("*.deb"))
+
+
+def _with_lists(command: Sequence[str | Path], cwd: Path | None = None) -> str:
+    """Like :func:`_run`, of a command that reads apt's lists: where these are old or missing, root gets new ones."""
     try:
-        _run(command, cwd=folder)
+        return _run(command, cwd)
     except UdedupError:
-        # Lists that have grown old name versions that are gone; only root can have new ones.
         if os.geteuid() != 0:
             raise
         _run(["apt-get", "--quiet", "--quiet", "update"])
-        _run(command, cwd=folder)
-    return sorted(folder.glob("*.deb"))
+        return _run(command, cwd)
 
 
 def _unpack(packages: Sequence[str], root: Path, temporary: Path) -> None:
