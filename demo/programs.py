@@ -29,17 +29,13 @@ class Program(ABC):
     items: int
     """How many contents it holds that are checked one by one."""
 
-    def __init__(self, name: str, prefix: Sequence[str], command: Sequence[str]) -> None:
-        """Starts ``command`` behind ``prefix`` (``udedup run …`` or nothing)."""
-        self.name = name
-        self._process = subprocess.Popen(
-            [*prefix, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+    name: str
+    """Of this one."""
 
     @property
+    @abstractmethod
     def pid(self) -> int:
         """The program's process: `udedup run` becomes it."""
-        return self._process.pid
 
     @abstractmethod
     def wait_loaded(self) -> None:
@@ -53,8 +49,30 @@ class Program(ABC):
     def wrong(self, *, changed: bool) -> list[str]:
         """Returns a line for each item whose content is not what it must be, before or after ``change``."""
 
+    @abstractmethod
     def stop(self) -> None:
         """Ends the program as its kind is ended, with status 0, or raises RuntimeError."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Ends the program in any case."""
+
+
+class _Piped(Program):
+    """A program that is spoken to over pipes."""
+
+    def __init__(self, name: str, prefix: Sequence[str], command: Sequence[str]) -> None:
+        """Starts ``command`` behind ``prefix`` (``udedup run …`` or nothing)."""
+        self.name = name
+        self._process = subprocess.Popen(
+            [*prefix, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._expect_end(0)
@@ -66,7 +84,6 @@ class Program(ABC):
             raise RuntimeError(f"{self.name} ended with {self._process.returncode}, not {status}")
 
     def kill(self) -> None:
-        """Ends the program in any case."""
         self._process.kill()
         self._process.wait()
 
@@ -88,7 +105,7 @@ def _compare(name: str, expected: dict[str, str], found: dict[str, str]) -> list
     return [f"{name}: {item}: wrong content" for item in sorted(wrong)]
 
 
-class _Worker(Program):
+class _Worker(_Piped):
     """A Python program of demo/worker.py."""
 
     expected: dict[bool, dict[str, str]]
@@ -143,7 +160,7 @@ def _disk_pieces(path: Path) -> Iterator[Piece]:
             yield content.describe(f"disk-{number * READ_BYTES}", data)
 
 
-class SqliteShell(Program):
+class SqliteShell(_Piped):
     """Debian's sqlite3 with the database in memory."""
 
     kind = "sqlite3"
@@ -187,7 +204,7 @@ class SqliteShell(Program):
         return _compare(self.name, expected, found)
 
 
-class RedisServer(Program):
+class RedisServer(_Piped):
     """Debian's redis-server with the dump loaded."""
 
     kind = "redis-server"

@@ -1,11 +1,11 @@
-"""What the programs stand on: the engine with the image in its mount, and the image's file system mounted on top."""
+"""What the programs stand on: the engine with images in its mount, and a file system mounted on top."""
 
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,17 +25,19 @@ class Engine:
     socket: Path
     """Where it listens."""
 
-    disk: Path
-    """The raw image as a file in its mount."""
+    mount: Path
+    """Where its images are."""
 
 
 @contextmanager
-def engine(run_folder: Path, image: Path) -> Iterator[Engine]:
-    """Runs an engine that shows ``image`` until the end of the block, at five times the default rate."""
+def engine(run_folder: Path, images: Mapping[str, Path], options: Sequence[str]) -> Iterator[Engine]:
+    """Runs an engine that shows raw images by the names given until the end of the block."""
     socket, mount = run_folder / "udedup.sock", run_folder / "images"
     mount.mkdir()
     command = [sys.executable, "-m", "udedup", "engine", "--socket", str(socket), "--mount", str(mount)]
-    command += ["--image", str(image), "--pages-to-scan", "5000"]
+    for name, image in images.items():
+        command += ["--image", f"{name}={image}"]
+    command += options
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -43,7 +45,7 @@ def engine(run_folder: Path, image: Path) -> Iterator[Engine]:
                 raise RuntimeError(f"the engine is not ready after {READY_SECONDS:.0f} s")
             if not process.stdout.readline().startswith("ready"):
                 raise RuntimeError("the engine did not start")
-            yield Engine(pid=process.pid, socket=socket, disk=mount / image.name)
+            yield Engine(pid=process.pid, socket=socket, mount=mount)
         finally:
             process.terminate()
             process.wait(END_SECONDS)

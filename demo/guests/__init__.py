@@ -7,11 +7,12 @@ async with guests.booted(GuestConfig(image=image, disk=mount / "boot.img"), fold
 ```
 """
 
-from demo.guests.guest import Completed, Guest, GuestConfig, GuestError, booted, started, wrapped
+from demo.guests.guest import QEMU, Completed, Guest, GuestConfig, GuestError, booted, started, wrapped
 from demo.guests.image import KINDS, GuestImage, build_image
 
 __all__ = [
     "KINDS",
+    "QEMU",
     "Completed",
     "Guest",
     "GuestConfig",

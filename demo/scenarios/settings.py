@@ -1,0 +1,53 @@
+"""What can be chosen about a run of a scenario."""
+
+from enum import Enum
+
+from attrs import frozen
+
+
+class Side(Enum):
+    """Who merges."""
+
+    BARE = "bare"
+    """Nobody: what the work costs by itself."""
+
+    OURS = "ours"
+    """udedup, KSM off."""
+
+    KSM = "ksm"
+    """The kernel's same-page merging, no engine."""
+
+
+@frozen
+class Settings:
+    """The same for all sides, as far as it concerns them. Units as in `udedup engine --help`."""
+
+    policy: str = "xlh"
+    """How udedup chooses pages."""
+
+    pages_to_scan: int = 100
+    """Per spurt, udedup's and KSM's: KSM's default, and the paper's rate."""
+
+    sleep_millisecs: int = 20
+    """Between spurts, udedup's and KSM's."""
+
+    ksm_pages_to_scan: int | None = None
+    """KSM's, where it is not to have the same; None: ``pages_to_scan``."""
+
+    hint_ratio: str = "1:1"
+    """Spurts for hints to spurts for the linear scan."""
+
+    hint_slots: int | None = None
+    """Size of the hint stack, None: the engine's default."""
+
+    memory_mib: int = 256
+    """RAM of a guest."""
+
+    guests: int | None = None
+    """How many, None: as many as the scenario has of its own."""
+
+    stagger_seconds: float = 5.0
+    """From one guest's start to the next."""
+
+    settle_seconds: float = 300.0
+    """How long at most sharing may go on growing after the work, in scenarios that wait for it."""
