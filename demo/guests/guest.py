@@ -69,7 +69,7 @@ class GuestConfig:
             *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", self.name),
             *("-machine", f"pc,mem-merge={merge},hpet=off", "-cpu", "max", "-smp", str(self.processors)),
             # TCG's buffer for translated code would be 1 GiB, in huge pages.
-            *("-accel", "tcg,thread=multi,tb-size=32", "-m", str(self.memory_mib)),
+            *("-accel", "tcg,thread=multi,tb-size=128", "-m", str(self.memory_mib)),
             *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
             *("-append", "console=ttyS0 quiet loglevel=4 panic=-1 random.trust_cpu=on"),
             *("-drive", f"file={overlay},format=qcow2,if=virtio,cache={self.cache},aio={self.aio}"),
