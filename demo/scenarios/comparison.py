@@ -1,21 +1,21 @@
 """Plays a scenario for each side and sets udedup's figures against KSM's."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
 from attrs import asdict, fields, frozen
 from rich.console import Console
-from udedup.record.kernel import ksm
-from udedup.record.recorder import recording
-from udedup.record.recording import Recording, Totals
 
 from demo import services
 from demo.scenarios.scenario import Scenario
 from demo.scenarios.settings import Settings, Side
 from demo.scenarios.stage import Stage
+from udedup.record.kernel import ksm
+from udedup.record.recorder import Engine, recording
+from udedup.record.recording import Recording, Totals
 
 SHOW_SECONDS = 5.0
 MOST = 0.9
@@ -79,24 +79,24 @@ def divided(numerator: float | None, denominator: float | None) -> float | None:
 def ratios(scenario: Scenario, played: Mapping[Side, Played]) -> Ratios:
     """See :class:`Ratios`."""
     ours, ksm_side, bare = (played.get(side) for side in (Side.OURS, Side.KSM, Side.BARE))
-    our_totals = ours.totals if ours else None
-    ksm_totals = ksm_side.totals if ksm_side else None
+    ours_sum = ours.totals if ours else None
+    ksm_sum = ksm_side.totals if ksm_side else None
     return Ratios(
-        merged=divided(our_totals and our_totals.merges, ksm_totals and ksm_totals.merges),
-        time_to_90=divided(_time_to_most(scenario, ours, ksm_totals), _time_to_most(scenario, ksm_side, ksm_totals)),
-        lead_fraction=_lead_fraction(our_totals, ksm_totals),
-        visits_per_merge=our_totals.visits_per_merge if our_totals else None,
-        scanner_cpu=divided(
-            our_totals and our_totals.cpu_engine + our_totals.cpu_agents, ksm_totals and ksm_totals.cpu_ksmd
-        ),
-        run_time=divided(ours.run_seconds if ours else None, bare.run_seconds if bare else None),
+        merged=divided(ours_sum.merges, ksm_sum.merges) if ours_sum and ksm_sum else None,
+        time_to_90=divided(_time_to_most(scenario, ours, ksm_sum), _time_to_most(scenario, ksm_side, ksm_sum)),
+        lead_fraction=_lead_fraction(ours_sum, ksm_sum),
+        visits_per_merge=ours_sum.visits_per_merge if ours_sum else None,
+        scanner_cpu=divided(ours_sum.cpu_engine + ours_sum.cpu_agents, ksm_sum.cpu_ksmd)
+        if ours_sum and ksm_sum
+        else None,
+        run_time=divided(ours.run_seconds, bare.run_seconds) if ours and bare else None,
     )
 
 
 def _time_to_most(scenario: Scenario, side: Played | None, ksm_totals: Totals | None) -> float | None:
     if side is None or side.recording is None or ksm_totals is None:
         return None
-    since = side.recording.marks.get(scenario.last_start, 0.0)
+    since = side.recording.about.marks.get(scenario.last_start, 0.0)
     return side.recording.time_to(MOST * ksm_totals.sharing, since)
 
 
@@ -148,7 +148,9 @@ class Theatre:
             if side is Side.OURS:
                 engine = stack.enter_context(services.engine(own, self._images, self._engine_options()))
             elif side is Side.KSM:
-                stack.enter_context(self._ksm())
+                pages_to_scan = self._settings.ksm_pages_to_scan or self._settings.pages_to_scan
+                rate = {"pages_to_scan": pages_to_scan, "sleep_millisecs": self._settings.sleep_millisecs}
+                stack.enter_context(ksm(rate))
             stage = Stage(side=side, settings=self._settings, folder=own, engine=engine)
             seconds = trio.run(self._play, stage, file)
         self._console.print(f"  work done in {seconds:.1f} s")
@@ -162,11 +164,10 @@ class Theatre:
             recording(
                 file,
                 pids=lambda: list(stage.pids),
-                engine=engine.socket if engine else None,
-                engine_pid=engine.pid if engine else None,
+                engine=Engine(engine.socket, engine.pid) if engine else None,
                 ksm=stage.side is Side.KSM,
                 images=tuple(self._images.values()),
-                about={"scenario": self._name, "side": stage.side.value} | self._about(),
+                settings={"scenario": self._name, "side": stage.side.value} | self._about(),
             ) as stage.recorder,
             trio.open_nursery() as nursery,
         ):
@@ -180,8 +181,7 @@ class Theatre:
         assert stage.recorder is not None
         while True:
             await trio.sleep(SHOW_SECONDS)
-            row = stage.recorder.last
-            if row:
+            for row in stage.recorder.rows[-1:]:
                 self._console.print(
                     f"  {row.seconds:5.0f} s  sharing {row.sharing}  of {row.opportunity} pages that could"
                     f"  merges {row.merges}  visits {row.visits}",
@@ -198,15 +198,6 @@ class Theatre:
         if settings.hint_slots:
             options += ["--hint-slots", str(settings.hint_slots)]
         return options
-
-    @contextmanager
-    def _ksm(self) -> Iterator[None]:
-        settings = self._settings
-        with ksm(
-            pages_to_scan=settings.ksm_pages_to_scan or settings.pages_to_scan,
-            sleep_millisecs=settings.sleep_millisecs,
-        ):
-            yield
 
 
 def _warm(image: Path) -> None:

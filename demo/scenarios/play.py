@@ -11,13 +11,15 @@ import msgspec
 from attrs import asdict
 from rich.console import Console
 from rich.table import Table
-from udedup.record.kernel import why_no_ksm
 
 from demo.scenarios import SCENARIOS
 from demo.scenarios.comparison import Comparison, Played, Theatre, medians
 from demo.scenarios.settings import Settings, Side
 from udedup.commands.options import count
 from udedup.errors import UdedupError
+from udedup.record.kernel import why_no_ksm
+from udedup.record.page import write_html
+from udedup.record.plots import write_png
 
 CACHE = Path(__file__).parents[1] / ".cache"
 
@@ -100,7 +102,7 @@ def play(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         args.json.write_bytes(msgspec.json.format(_encode(args.scenario, settings, comparisons)) + b"\n")
     if args.plot:
-        _plot(comparisons[-1], args.plot)
+        _plot(args.scenario, comparisons[-1], args.plot)
     return 0
 
 
@@ -160,9 +162,7 @@ def _number(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _plot(comparison: Comparison, file: Path) -> None:
-    from udedup.record import page, plots
-
+def _plot(scenario: str, comparison: Comparison, file: Path) -> None:
     recordings = {side.value: played.recording for side, played in comparison.played.items() if played.recording}
-    write = plots.write_png if file.suffix == ".png" else page.write_html
-    write(recordings, file)
+    write = write_png if file.suffix == ".png" else write_html
+    write(recordings, f"udedup, scenario {scenario}", file)

@@ -8,12 +8,12 @@ from types import MappingProxyType
 
 import trio
 from attrs import define, field
-from udedup.record.recorder import Recorder
 
 from demo import services
 from demo.guests import Guest, GuestConfig, GuestImage, started
 from demo.guests import wrapped as wrapped_command
 from demo.scenarios.settings import Settings, Side
+from udedup.record.recorder import Recorder
 
 SETTLED_GROWTH = 1.002
 """Less growth than this …"""
@@ -99,7 +99,7 @@ class Stage:
         best, best_scans, since = -1, 0, trio.current_time()
         with trio.move_on_after(self.settings.settle_seconds):
             while True:
-                row = self.recorder.last
+                row = self.recorder.rows[-1]
                 if row.sharing > best * SETTLED_GROWTH:
                     best, best_scans, since = row.sharing, row.full_scans, trio.current_time()
                 elif row.full_scans > best_scans + SETTLED_SCANS and trio.current_time() > since + SETTLED_SECONDS:

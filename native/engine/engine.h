@@ -246,4 +246,34 @@ struct udd_smaps {
 // Sums up an open /proc/PID/smaps.
 int udd_smaps_read(int fd, struct udd_smaps *ret);
 
+// ---- sample.c: what has really been merged, seen from outside ----
+
+struct udd_sampler;
+
+// Pages, and numbers of events since the sampler was made. "Known": with the content of an image block.
+struct udd_sample {
+	uint64_t present;              // private pages, anonymous or merged
+	uint64_t zero_pages;           // of them: all zero, and in none of the following
+	uint64_t zero_shared;          // of these: on a page frame with others
+	uint64_t opportunity;          // pages that would be saved if all equal ones were merged
+	uint64_t sharing;              // pages that are saved
+	uint64_t shared;               // page frames that several places are on
+	uint64_t opportunities;        // times that a place came to hold what another one holds
+	uint64_t merges;               // times that such a place came to be on one frame with another
+	uint64_t merges_at_once;       // of them: not later than in the first sample with the opportunity
+	uint64_t known_opportunities;
+	uint64_t known_merges;
+	uint64_t known_merges_at_once;
+};
+
+struct udd_sampler *udd_sampler_create(void);
+void udd_sampler_destroy(struct udd_sampler *sampler);
+// Makes the contents of `count` image blocks of 4096 bytes known.
+int udd_sampler_know(struct udd_sampler *sampler, const void *blocks, size_t count);
+// Looks at all processes; `seconds`: the time now, from 0 at the sampler's beginning. Only one with
+// CAP_SYS_ADMIN sees page frames; others get -EPERM. Processes that are gone have no pages.
+int udd_sampler_take(struct udd_sampler *sampler, const uint32_t *pids, size_t count, double seconds, struct udd_sample *ret);
+// Seconds from opportunity to merge, one for each merge so far; valid until the next sample. Returns their number.
+size_t udd_sampler_latencies(const struct udd_sampler *sampler, const float **ret);
+
 #endif
