@@ -1,0 +1,72 @@
+"""Processes that hold what a test says."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from support.ledger import Ledger
+
+PROGRAM = """
+import mmap, os, random, sys
+PAGE = 4096
+memory = mmap.mmap(-1, 4096 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for line in sys.stdin:
+    word, first, count, seed = line.split()
+    pages = range(int(first), int(first) + int(count))
+    generator = random.Random(seed)
+    if word == "fill":
+        for page in pages:
+            memory[page * PAGE : (page + 1) * PAGE] = generator.randbytes(PAGE)
+    elif word == "zero":
+        for page in pages:
+            memory[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+    elif word == "fork":
+        os.fork()
+    elif word == "mergeable":
+        memory.madvise(mmap.MADV_MERGEABLE, pages.start * PAGE, len(pages) * PAGE)
+    print(os.getpid(), flush=True)
+"""
+
+
+class Holder:
+    """A process with 4096 pages that nobody else looks at."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self.process.pid
+
+    def tell(self, word: str, first: int = 0, count: int = 0, seed: int = 0) -> int:
+        """``fill`` pages with random bytes, ``zero`` them, make them ``mergeable``, ``fork``; returns who answers."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{word} {first} {count} {seed}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self) -> None:
+        """Ends it."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def hold(ledger: Ledger) -> Iterator[Callable[[], Holder]]:
+    """Makes a process."""
+    with ExitStack() as stack:
+
+        def make() -> Holder:
+            holder = Holder()
+            ledger.add_process(holder.pid)
+            stack.callback(holder.end)
+            return holder
+
+        yield make
