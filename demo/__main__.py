@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -25,13 +26,22 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     add_options(parser)
     args = parser.parse_args()
+    status = 1
     try:
-        if args.scenario:
-            return play(args, Console())
-        return main_job.play(Console(), args.json)
-    except UdedupError as error:
-        print(f"demo/run: {error}", file=sys.stderr)
-        return 1
+        status = play(args, Console()) if args.scenario else main_job.play(Console(), args.json)
+    except* UdedupError as group:
+        # Those of tasks that ran beside each other come together.
+        for error in _leaves(group):
+            print(f"demo/run: {error}", file=sys.stderr)
+    return status
+
+
+def _leaves(group: BaseExceptionGroup[UdedupError]) -> Iterator[UdedupError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 if __name__ == "__main__":
