@@ -47,6 +47,7 @@ struct udd_lookup_counts {
 	uint64_t own;        // were candidates already
 	uint64_t refused;    // not inserted: the agent's limit is reached
 	uint64_t merged;     // reported as merged already
+	uint64_t alone;      // match themselves
 };
 
 struct udd_index *udd_index_create(void);
@@ -58,7 +59,8 @@ size_t udd_index_bytes(const struct udd_index *index);
 // Most candidates of an agent. Needed before its first report: an unknown agent's limit is 0.
 int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit);
 // Looks reports up, in order; a page found nowhere becomes a candidate at once. Returns the number of matches (≤ count).
-int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
+// With `share_alone` a page found nowhere else is no candidate, but matches itself (`other`: its own agent).
+int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count, int share_alone,
 		     struct udd_match *ret_matches, struct udd_lookup_counts *ret);
 // Ends one round of an agent. Candidates not confirmed for two whole rounds of their agent are dropped by the next udd_index_age().
 void udd_index_next_round(struct udd_index *index, uint32_t agent);

@@ -250,7 +250,7 @@ static void index_prefetch(const struct udd_index *index, const struct udd_repor
 	__builtin_prefetch(&index->candidates.entries[table_home(index, &index->candidates, low, high)]);
 }
 
-int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
+int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count, int share_alone,
 		     struct udd_match *ret_matches, struct udd_lookup_counts *ret)
 {
 	int matches = 0;
@@ -281,8 +281,22 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 			continue;
 		}
 		struct entry *entry = table_slot(index, &index->candidates, low, high);
+		int own = candidate_agent(entry->value) == agent && candidate_address(entry->value) == report->address;
 
-		if (!entry->value) {
+		if (share_alone && (!entry->value || own)) {
+			// Left there, it would be found as its own older twin.
+			if (own) {
+				state->count--;
+				table_remove(index, &index->candidates, entry);
+			}
+			ret->alone++;
+			ret_matches[matches++] = (struct udd_match){
+				.address = report->address,
+				.digest = {low, high},
+				.other = agent,
+				.other_address = report->address,
+			};
+		} else if (!entry->value) {
 			if (state->count >= state->limit) {
 				ret->refused++;
 				continue;
@@ -292,7 +306,7 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 			if (r < 0)
 				return r;
 			ret->inserted++;
-		} else if (candidate_agent(entry->value) == agent && candidate_address(entry->value) == report->address) {
+		} else if (own) {
 			entry->value = candidate_value(agent, report->address, state->round);
 			ret->own++;
 		} else {

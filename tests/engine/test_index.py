@@ -163,6 +163,24 @@ def test_limit() -> None:
     assert index.look_up(2, *reports_of(digests(50))).count == 10
 
 
+def test_pages_that_are_alone_match_themselves_on_request() -> None:
+    """Neither a candidate before nor one afterwards; others' candidates and shared pages are found as ever."""
+    index = Index()
+    for agent in (1, 2):
+        index.set_limit(agent, 10)
+
+    def matched(agent: int, *pages: tuple[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
+        found = index.look_up(agent, *reports_of(list(pages)), share_alone=True)
+        array = found.array[0 : found.count]
+        return [(match.address // PAGE, match.other, match.other_address // PAGE) for match in array]
+
+    index.look_up(1, *reports_of([(1, (1, 1)), (2, (2, 2))]))
+    assert lib.udd_index_publish(index.handle, (3, 3), 1, 7) == 0
+    assert matched(1, (1, (1, 1)), (3, (3, 3)), (4, (4, 4))) == [(1, 1, 1), (3, 0, 0), (4, 1, 4)]
+    assert index.candidates == 1
+    assert matched(2, (9, (2, 2)), (10, (4, 4))) == [(9, 1, 2), (10, 2, 10)]
+
+
 def test_merged_and_zero_pages_are_passed_over() -> None:
     index = Index()
     index.set_limit(1, 10)

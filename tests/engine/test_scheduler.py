@@ -9,7 +9,8 @@ import trio
 import trio.testing
 
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace, ScanTimeTarget
-from udedup.engine.scheduler import Policy, Scheduler, Step, policy_named
+from udedup.engine.policies import POLICIES, Policy
+from udedup.engine.scheduler import Scheduler, Step
 
 PAGES = 100
 
@@ -112,7 +113,7 @@ async def test_leftovers_of_a_dry_hint_spurt_are_scanned(autojump_clock: trio.te
 
 async def test_linear_takes_no_hints(autojump_clock: trio.testing.MockClock) -> None:
     model = Model(hints=1000)
-    await run_for(1, model, policy_named("linear", 1, 1), 20)
+    await run_for(1, model, POLICIES["linear"](1, 1), 20)
     assert model.hints == 1000
     assert not model.pages("hints")
 
@@ -163,9 +164,27 @@ async def test_hints_are_served_at_once_while_the_scan_rests(
     assert model.pages("scan") == scanned
 
 
-def test_unknown_policy() -> None:
-    with pytest.raises(KeyError):
-        policy_named("eager", 1, 1)
+async def test_eager_serves_a_burst_of_hints_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """A second's allowance, and the spurt's own, is 51 spurts' pages."""
+    model = Model(hints=10**9, round_pages=10**9)
+    await run_for(0.001, model, POLICIES["eager"](1, 1), 20)
+    assert [(what, pages) for _, what, pages in model.diary] == [("hints", 51 * PAGES)]
+
+
+async def test_eager_gives_back_what_it_took_ahead(autojump_clock: trio.testing.MockClock) -> None:
+    """Over time the load is the same as any policy's, to within what may be ahead."""
+    model = Model(hints=30 * PAGES, round_pages=10**9)
+    await run_for(9.995, model, POLICIES["eager"](1, 1), 20)
+    assert model.pages("hints") == 30 * PAGES
+    assert model.visited == 500 * PAGES
+
+
+async def test_eager_never_stops_the_scan(autojump_clock: trio.testing.MockClock) -> None:
+    """With more hints than it can serve, an eighth of the scan's spurts is left: 13 of 100 pages."""
+    model = Model(hints=10**9, round_pages=10**9)
+    await run_for(99.995, model, POLICIES["eager"](1, 1), 20)
+    assert model.visited <= (5000 + 50) * PAGES
+    assert model.pages("scan") == pytest.approx(5000 / 2 * 13, rel=0.01)
 
 
 def advised(**target: float) -> ScanTimePace:

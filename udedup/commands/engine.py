@@ -8,6 +8,7 @@ from pathlib import Path
 
 from udedup.commands.host import require_host
 from udedup.commands.options import add_advisor_options, allowed_domain, count, image_argument, ratio
+from udedup.engine.policies import POLICIES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
 
@@ -37,9 +38,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy",
-        choices=("linear", "xlh"),
+        choices=tuple(POLICIES),
         default="xlh",
-        help="linear: scan memory in turns; xlh: look first where I/O just put content (default: %(default)s)",
+        help="linear: scan memory in turns; xlh: look first where I/O just put content; eager: the same at once, and"
+        " share image blocks from their first read on (default: %(default)s)",
     )
     parser.add_argument(
         "--pages-to-scan",

@@ -157,6 +157,7 @@ class Agent:
         counters: Counters,
         others: Others,
         newest_segment: Callable[[], int],
+        shares_first_read: bool,
     ) -> None:
         self.number = number
         self.peer = peer
@@ -176,6 +177,7 @@ class Agent:
         self._counters = counters
         self._others = others
         self._newest_segment = newest_segment
+        self._shares_first_read = shares_first_read
         self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
         if self._holder == ffi.NULL:
             raise MemoryError
@@ -317,7 +319,7 @@ class Agent:
         if report_count:
             # Nobody had to hash them, but they are looked up, and charged against the rate, like all others.
             self._counters.pages_scanned += report_count
-            await self._take_reports(reports, report_count, hinted)
+            await self._take_reports(reports, report_count, hinted, share_alone=self._shares_first_read)
         start = 0
         while start < range_count:
             end, pages = start, 0
@@ -346,13 +348,15 @@ class Agent:
         self._counters.pages_scanned += head.visited
         return head
 
-    async def _take_reports(self, reports: CData, count: int, hinted: Hinted | None) -> None:
+    async def _take_reports(
+        self, reports: CData, count: int, hinted: Hinted | None, *, share_alone: bool = False
+    ) -> None:
         """Looks pages up, has fresh ones copied into the store, and merges what has a slot then."""
         if count == 0 or not self.merging:
             return
         index = self.domain.index
         async with self.domain.undisturbed():
-            matches = index.look_up(self.number, reports, count)
+            matches = index.look_up(self.number, reports, count, share_alone=share_alone)
             for targets in self._offered:
                 matches = planner.without_targets(matches, targets)
             if matches.count == 0:

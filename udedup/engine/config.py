@@ -5,10 +5,9 @@ from pathlib import Path
 import attrs
 
 from udedup.engine.advisor import ScanTimeTarget
+from udedup.engine.policies import POLICIES, Policy
 from udedup.errors import UdedupError
 from udedup.places import default_socket
-
-POLICIES = ("linear", "xlh")
 
 
 @attrs.frozen
@@ -71,6 +70,11 @@ class EngineConfig:
 
     retire_seconds: float = 2.0
     """Pause between looks for segments that are mostly dead, s."""
+
+    @property
+    def chosen_policy(self) -> Policy:
+        """The policy in the scheduler's terms."""
+        return POLICIES[self.policy](self.hint_runs, self.scan_runs)
 
     def check(self) -> None:
         """Raises UdedupError for what can't work."""

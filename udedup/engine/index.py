@@ -41,16 +41,15 @@ class Index:
         """Most candidates of an agent; needed before its first look-up."""
         check(lib.udd_index_set_limit(self.handle, agent, min(pages, 0xFFFFFFFF)), "a limit")
 
-    def look_up(self, agent: int, reports: CData, count: int) -> Matches:
-        """Looks up struct udd_report[]; what is found nowhere becomes a candidate.
+    def look_up(self, agent: int, reports: CData, count: int, *, share_alone: bool = False) -> Matches:
+        """Looks up struct udd_report[]; what is found nowhere becomes a candidate, or matches itself (``share_alone``).
 
         Raises AgentError on an impossible address.
         """
         matches = ffi.new("struct udd_match[]", count)
         counts = ffi.new("struct udd_lookup_counts *")
-        found = check(
-            lib.udd_index_lookup(self.handle, agent, reports, count, matches, counts), "an address it reported"
-        )
+        found = lib.udd_index_lookup(self.handle, agent, reports, count, share_alone, matches, counts)
+        check(found, "an address it reported")
         lib.udd_matches_sort(matches, found)
         return Matches(matches, found)
 

@@ -9,14 +9,13 @@ Without a rate limit spurts follow each other at once, until the linear scan has
 anything: it then rests, longer each time, while hints are still served the moment they come in.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Protocol
 
 import attrs
 import trio
 
 from udedup.engine.advisor import Pace
+from udedup.engine.policies import Policy
 
 REST_FIRST = 0.02
 """First rest of a fruitless linear scan, s; doubled each time."""
@@ -26,6 +25,10 @@ REST_MAX = 1.0
 
 REST_PER_ROUND = 3.0
 """… and otherwise this many times what the round took: a fruitless scan then takes at most a quarter of a CPU."""
+
+
+REPAY_SHARE = (7, 8)
+"""Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
 
 
 @attrs.frozen
@@ -63,23 +66,6 @@ class Workload(Protocol):
         """Returns once an agent joined or, if ``hints``, there is a hint."""
 
 
-@attrs.frozen
-class Policy:
-    """How spurts are shared between hints and linear scan."""
-
-    hint_runs: int
-    scan_runs: int
-
-    def spurts(self) -> Iterator[bool]:
-        """For ever: whether the next spurt takes hints first."""
-        return itertools.cycle([True] * self.hint_runs + [False] * self.scan_runs)
-
-
-def policy_named(name: str, hint_runs: int, scan_runs: int) -> Policy:
-    """``linear`` is KSM's: no hints. ``xlh`` has the given ratio. Raises KeyError."""
-    return {"linear": Policy(0, 1), "xlh": Policy(hint_runs, scan_runs)}[name]
-
-
 class Scheduler:
     """Runs spurts for ever."""
 
@@ -96,6 +82,8 @@ class Scheduler:
         """Time since the round began that there was somebody to work with."""
         self._round_visited = 0
         self._round_cpu = 0.0
+        self._debt = 0
+        """Pages that hints have used ahead of time."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -117,9 +105,10 @@ class Scheduler:
         """Returns how many rounds of the linear scan ended (0 or 1)."""
         left = self._pace.pages_to_scan
         if hints_first:
-            hinted = await self._workload.visit_hints(left)
+            hinted = await self._workload.visit_hints(left + self._room_ahead())
             self._round_visited += hinted
             left -= hinted
+        left = self._settle(left)
         if left <= 0 or trio.current_time() < self._rests_until:
             return 0
         step = await self._workload.scan(left)
@@ -127,6 +116,21 @@ class Scheduler:
         if step.rounds and not self._sleep:
             self._end_round()
         return step.rounds
+
+    def _room_ahead(self) -> int:
+        """Pages that hints may take ahead of time now."""
+        if not self._sleep:
+            return 0
+        return max(0, int(self._policy.ahead_seconds / self._sleep * self._pace.pages_to_scan) - self._debt)
+
+    def _settle(self, left: int) -> int:
+        """Takes the pages that a spurt has left, or is short of; returns those for the linear scan."""
+        if left < 0:
+            self._debt -= left
+            return 0
+        paid = min(self._debt, left * REPAY_SHARE[0] // REPAY_SHARE[1])
+        self._debt -= paid
+        return left - paid
 
     def _advise(self) -> None:
         """At the end of a round, the sleep after it included."""

@@ -39,7 +39,7 @@ from udedup.engine.listener import listening
 from udedup.engine.native import lib
 from udedup.engine.retirement import Retirement
 from udedup.engine.rounds import Rounds
-from udedup.engine.scheduler import Scheduler, policy_named
+from udedup.engine.scheduler import Scheduler
 from udedup.engine.store import MFD_NOEXEC_SEAL, SegmentNumbers
 from udedup.engine.wire import PACKET_MAX, SHARED_BYTES, AgentError, Hello, parse_hello, refusal, welcome
 from udedup.errors import UdedupError
@@ -244,12 +244,13 @@ class Engine:
             counters=self.counters,
             others=self.rounds,
             newest_segment=lambda: self._numbers.newest,
+            shares_first_read=self.config.chosen_policy.shares_first_read,
         )
         return agent, link
 
     def _flags(self) -> int:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
-        if policy_named(self.config.policy, self.config.hint_runs, self.config.scan_runs).hint_runs:
+        if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
         return flags
 
@@ -388,8 +389,7 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
     ):
-        policy = policy_named(config.policy, config.hint_runs, config.scan_runs)
-        scheduler = Scheduler(engine.rounds, policy, engine.pace, sleep_millisecs=config.sleep_millisecs)
+        scheduler = Scheduler(engine.rounds, config.chosen_policy, engine.pace, sleep_millisecs=config.sleep_millisecs)
         async with trio.open_nursery() as nursery:
             if config.mount is not None:
                 from udedup.vdi.filesystem import serve
