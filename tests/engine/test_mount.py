@@ -58,6 +58,34 @@ async def test_hinted_image_blocks_merge_by_their_known_digest(start: Start, tmp
     assert status["mount"] == str(mount)
 
 
+async def test_eager_shares_a_block_at_its_first_read(start: Start, tmp_path: Path) -> None:
+    """The first reader's pages go to the store, the next reader's are merged with them. Other files' are not shared."""
+    content = write_image(tmp_path / "disk.img", 64)
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    engine = await start(mount=mount, images=(("disk", tmp_path / "disk.img"),), policy="eager")
+    inode, _ = await trio.to_thread.run_sync(read, mount / "disk", len(content))
+
+    async def join(base: int) -> FakeAgent:
+        memory = {base + n * PAGE: page(1000 + n if n < 64 else base + n) for n in range(80)}
+        agent = FakeAgent(engine.path, memory)
+        agent.on_scan = lambda count, packet: (0, 0, 0, bytes(12) + b"\1\0\0\0")  # type: ignore[method-assign]
+        await engine.join(agent)
+        agent.hint(base + 64 * PAGE, 16 * PAGE)
+        agent.hint(base, len(content), inode=inode, offset=0)
+        return agent
+
+    first = await join(FIRST)
+    await engine.until(lambda: len(first.placed) == 64, "shared alone")
+    status = await engine.status()
+    assert (status["pages_shared"], status["pages_sharing"]) == (64, 0)
+    second = await join(SECOND)
+    await engine.until(lambda: len(second.placed) == 64, "merged")
+    status = await engine.status()
+    assert (status["pages_shared"], status["pages_sharing"]) == (64, 64)
+    assert lib.UDD_COPY not in second.requests
+
+
 async def test_images_added_later(start: Start, tmp_path: Path) -> None:
     content = write_image(tmp_path / "more.img", 4)
     mount = tmp_path / "mount"
