@@ -31,13 +31,12 @@ class Played:
     run_seconds: float
     """Of the work itself."""
 
-    recording: Recording | None
-    """None: of the bare side."""
+    recording: Recording
 
     @property
-    def totals(self) -> Totals | None:
+    def totals(self) -> Totals:
         """Of the recording."""
-        return self.recording.totals() if self.recording else None
+        return self.recording.totals()
 
 
 @frozen
@@ -57,7 +56,7 @@ class Ratios:
     """Ours, absolute."""
 
     scanner_cpu: float | None
-    """CPU of engine and agents / ksmd's."""
+    """CPU of engine and agents / ksmd's, each per second of its run."""
 
     run_time: float | None
     """Time of the work with udedup / with neither."""
@@ -86,15 +85,18 @@ def ratios(scenario: Scenario, played: Mapping[Side, Played]) -> Ratios:
         time_to_90=divided(_time_to_most(scenario, ours, ksm_sum), _time_to_most(scenario, ksm_side, ksm_sum)),
         lead_fraction=_lead_fraction(ours_sum, ksm_sum),
         visits_per_merge=ours_sum.visits_per_merge if ours_sum else None,
-        scanner_cpu=divided(ours_sum.cpu_engine + ours_sum.cpu_agents, ksm_sum.cpu_ksmd)
-        if ours_sum and ksm_sum
-        else None,
+        scanner_cpu=divided(_scanner_cpu(ours_sum), _scanner_cpu(ksm_sum)),
         run_time=divided(ours.run_seconds, bare.run_seconds) if ours and bare else None,
     )
 
 
+def _scanner_cpu(totals: Totals | None) -> float | None:
+    """Part of a CPU."""
+    return totals and (totals.cpu_engine + totals.cpu_agents + totals.cpu_ksmd) / totals.seconds
+
+
 def _time_to_most(scenario: Scenario, side: Played | None, ksm_totals: Totals | None) -> float | None:
-    if side is None or side.recording is None or ksm_totals is None:
+    if side is None or ksm_totals is None:
         return None
     since = side.recording.about.marks.get(scenario.last_start, 0.0)
     return side.recording.time_to(MOST * ksm_totals.sharing, since)
@@ -154,11 +156,9 @@ class Theatre:
             stage = Stage(side=side, settings=self._settings, folder=own, engine=engine)
             seconds = trio.run(self._play, stage, file)
         self._console.print(f"  work done in {seconds:.1f} s")
-        return Played(seconds, Recording.read(file) if side is not Side.BARE else None)
+        return Played(seconds, Recording.read(file))
 
     async def _play(self, stage: Stage, file: Path) -> float:
-        if stage.side is Side.BARE:
-            return await self._scenario.play(stage)
         engine = stage.engine
         async with (
             recording(
@@ -178,10 +178,9 @@ class Theatre:
 
     async def _show(self, stage: Stage) -> None:
         """A line now and then, so that nobody thinks it hangs."""
-        assert stage.recorder is not None
         while True:
             await trio.sleep(SHOW_SECONDS)
-            for row in stage.recorder.rows[-1:]:
+            for row in stage.recorder.rows[-1:] if stage.recorder else ():
                 self._console.print(
                     f"  {row.seconds:5.0f} s  sharing {row.sharing}  of {row.opportunity} pages that could"
                     f"  merges {row.merges}  visits {row.visits}",

@@ -132,8 +132,7 @@ def _sides(comparison: Comparison) -> dict[str, object]:
 
 
 def _side(played: Played) -> dict[str, object]:
-    totals = msgspec.to_builtins(played.totals) if played.recording else {}
-    return {"run_seconds": played.run_seconds} | totals
+    return {"run_seconds": played.run_seconds} | msgspec.to_builtins(played.totals)
 
 
 def _show(console: Console, comparisons: list[Comparison]) -> None:
@@ -163,6 +162,6 @@ def _number(value: object) -> str:
 
 
 def _plot(scenario: str, comparison: Comparison, file: Path) -> None:
-    recordings = {side.value: played.recording for side, played in comparison.played.items() if played.recording}
+    recordings = {side.value: played.recording for side, played in comparison.played.items()}
     write = write_png if file.suffix == ".png" else write_html
     write(recordings, f"udedup, scenario {scenario}", file)

@@ -44,7 +44,7 @@ class Stage:
     """Watched."""
 
     recorder: Recorder | None = None
-    """None: nobody looks (the bare side: a recorder costs time)."""
+    """Looks at all sides alike, as it takes time. None until it begins."""
 
     @property
     def wrap(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class Stage:
 
     async def settled(self) -> None:
         """Returns once sharing no longer grows, or after ``settle_seconds``."""
-        if self.recorder is None:
+        if self.recorder is None or self.side is Side.BARE:
             return
         best, best_scans, since = -1, 0, trio.current_time()
         with trio.move_on_after(self.settings.settle_seconds):

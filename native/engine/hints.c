@@ -41,13 +41,14 @@ struct image {
 
 struct udd_hints {
 	struct entry *entries;
-	uint32_t *buckets; // open addressing: index of an entry, or NONE
+	uint32_t *buckets; // open addressing: index of an entry + 1, or 0
 	uint32_t slots;
 	uint32_t bucket_mask;
 	uint32_t depth;
 	uint32_t top;
 	uint32_t bottom;
-	uint32_t free;
+	uint32_t free;     // first of the entries that were given back
+	uint32_t fresh;    // first entry that was never used: a stack that stays small costs no memory
 	uint64_t overwritten;
 	struct image *images;
 	uint32_t image_count;
@@ -68,22 +69,22 @@ static uint32_t bucket_find(const struct udd_hints *hints, uint64_t key)
 {
 	uint32_t i = bucket_home(hints, key);
 
-	while (hints->buckets[i] != NONE && hints->entries[hints->buckets[i]].key != key)
+	while (hints->buckets[i] && hints->entries[hints->buckets[i] - 1].key != key)
 		i = (i + 1) & hints->bucket_mask;
 	return i;
 }
 
 static void bucket_remove(struct udd_hints *hints, uint32_t hole)
 {
-	for (uint32_t i = (hole + 1) & hints->bucket_mask; hints->buckets[i] != NONE; i = (i + 1) & hints->bucket_mask) {
-		uint32_t home = bucket_home(hints, hints->entries[hints->buckets[i]].key);
+	for (uint32_t i = (hole + 1) & hints->bucket_mask; hints->buckets[i]; i = (i + 1) & hints->bucket_mask) {
+		uint32_t home = bucket_home(hints, hints->entries[hints->buckets[i] - 1].key);
 
 		if (((hole - home) & hints->bucket_mask) <= ((i - home) & hints->bucket_mask)) {
 			hints->buckets[hole] = hints->buckets[i];
 			hole = i;
 		}
 	}
-	hints->buckets[hole] = NONE;
+	hints->buckets[hole] = 0;
 }
 
 static void list_unlink(struct udd_hints *hints, uint32_t i)
@@ -123,6 +124,21 @@ static void entry_release(struct udd_hints *hints, uint32_t i)
 	hints->depth--;
 }
 
+// An unused entry; the oldest hint falls off for it if there is none.
+static uint32_t entry_take(struct udd_hints *hints)
+{
+	if (hints->free == NONE && hints->fresh < hints->slots)
+		return hints->fresh++;
+	if (hints->free == NONE) {
+		entry_release(hints, hints->bottom);
+		hints->overwritten++;
+	}
+	uint32_t i = hints->free;
+
+	hints->free = hints->entries[i].older;
+	return i;
+}
+
 struct udd_hints *udd_hints_create(uint32_t slots)
 {
 	static const char zero_page[UDD_PAGE_SIZE];
@@ -137,17 +153,14 @@ struct udd_hints *udd_hints_create(uint32_t slots)
 	if (!hints)
 		return NULL;
 	hints->entries = calloc(slots, sizeof(*hints->entries));
-	hints->buckets = malloc(buckets * sizeof(*hints->buckets));
+	hints->buckets = calloc(buckets, sizeof(*hints->buckets));
 	if (!hints->entries || !hints->buckets) {
 		udd_hints_destroy(hints);
 		return NULL;
 	}
-	memset(hints->buckets, 0xff, buckets * sizeof(*hints->buckets));
-	for (uint32_t i = 0; i < slots; i++)
-		hints->entries[i].older = i + 1 < slots ? i + 1 : NONE;
 	hints->slots = slots;
 	hints->bucket_mask = buckets - 1;
-	hints->top = hints->bottom = NONE;
+	hints->top = hints->bottom = hints->free = NONE;
 	hints->zero = udd_digest_page(zero_page);
 	return hints;
 }
@@ -195,19 +208,14 @@ static void hints_push_page(struct udd_hints *hints, uint32_t agent, uint64_t ad
 {
 	uint64_t key = entry_key(agent, address);
 	uint32_t bucket = bucket_find(hints, key);
-	uint32_t i = hints->buckets[bucket];
+	uint32_t i;
 
-	if (i != NONE) {
+	if (hints->buckets[bucket]) {
+		i = hints->buckets[bucket] - 1;
 		list_unlink(hints, i);
 	} else {
-		if (hints->free == NONE) {
-			entry_release(hints, hints->bottom);
-			hints->overwritten++;
-			bucket = bucket_find(hints, key);
-		}
-		i = hints->free;
-		hints->free = hints->entries[i].older;
-		hints->buckets[bucket] = i;
+		i = entry_take(hints);
+		hints->buckets[bucket_find(hints, key)] = i + 1;
 		hints->depth++;
 	}
 	struct entry *entry = &hints->entries[i];

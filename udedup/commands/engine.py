@@ -68,7 +68,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hint-slots",
         type=count(1),
-        default=65536,
+        default=1 << 18,
         metavar="N",
         help="hints remembered, the oldest are forgotten (default: %(default)s)",
     )

@@ -47,7 +47,7 @@ class EngineConfig:
     scan_runs: int = 1
     """… that many spurts of the linear scan."""
 
-    hint_slots: int = 65536
+    hint_slots: int = 1 << 18
     """Pages the hint stack holds."""
 
     zero_pages: bool = True

@@ -31,6 +31,14 @@ REPAY_SHARE = (7, 8)
 """Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
 
 
+QUIET_SECONDS = 0.5
+"""While no hints come, the spurts of so many seconds are done together: each costs a wake-up of the
+engine and of an agent, which at KSM's default rate is most of the work."""
+
+ROUNDING = 0.01
+"""Part of a spurt that a clock may be short of."""
+
+
 @attrs.frozen
 class Step:
     """What one part of the linear scan did."""
@@ -82,6 +90,8 @@ class Scheduler:
         """Time since the round began that there was somebody to work with."""
         self._round_visited = 0
         self._round_cpu = 0.0
+        self._quiet = False
+        """No hints came of late."""
         self._debt = 0
         """Pages that hints have used ahead of time."""
 
@@ -89,33 +99,61 @@ class Scheduler:
         """Until cancelled."""
         self._begin_round(trio.current_time())
         self._round_cpu = self._workload.cpu_seconds
+        spurts = 1
         for hints_first in self._policy.spurts():
             await self._workload.wait_for_agents()
             started = trio.current_time()
-            rounds = await self._spurt(hints_first)
+            rounds = await self._spurt(hints_first, spurts)
             if self._sleep:
-                await trio.sleep(self._sleep)
+                spurts = await self._sleep_on()
             else:
                 await self._pause()
             self._round_seconds += trio.current_time() - started
             if rounds:
                 self._advise()
 
-    async def _spurt(self, hints_first: bool) -> int:
-        """Returns how many rounds of the linear scan ended (0 or 1)."""
-        left = self._pace.pages_to_scan
+    async def _spurt(self, hints_first: bool, spurts: int) -> int:
+        """Does the work of so many spurts; returns how many rounds of the linear scan ended."""
+        left = spurts * self._pace.pages_to_scan
         if hints_first:
             hinted = await self._workload.visit_hints(left + self._room_ahead())
+            self._quiet = hinted == 0
             self._round_visited += hinted
             left -= hinted
         left = self._settle(left)
         if left <= 0 or trio.current_time() < self._rests_until:
             return 0
-        step = await self._workload.scan(left)
-        self._round_visited += step.visited
-        if step.rounds and not self._sleep:
+        return await self._scan(left)
+
+    async def _scan(self, left: int) -> int:
+        """Takes the linear scan on by so many pages; returns how many rounds ended."""
+        rounds = 0
+        while left > 0:
+            step = await self._workload.scan(left)
+            self._round_visited += step.visited
+            left -= step.visited
+            if step.rounds:
+                rounds += step.rounds
+                # As in KSM, the end of a round is the end of a spurt.
+                left -= left % self._pace.pages_to_scan or self._pace.pages_to_scan
+            elif step.visited == 0:
+                break
+        if rounds and not self._sleep:
             self._end_round()
-        return step.rounds
+        return rounds
+
+    async def _sleep_on(self) -> int:
+        """Sleeps between spurts; returns how many spurts are due then: several, while there are no hints."""
+        most = int(QUIET_SECONDS / self._sleep)
+        if most < 2 or not (self._quiet or self._policy.hint_runs == 0):
+            await trio.sleep(self._sleep)
+            return 1
+        started = trio.current_time()
+        with trio.move_on_after(most * self._sleep):
+            await self._workload.wait_for_change(hints=self._policy.hint_runs > 0)
+        slept = trio.current_time() - started
+        await trio.sleep(max(0.0, self._sleep - slept))
+        return min(most, max(1, int(slept / self._sleep + ROUNDING)))
 
     def _room_ahead(self) -> int:
         """Pages that hints may take ahead of time now."""

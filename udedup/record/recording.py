@@ -178,8 +178,9 @@ class Recording:
             if not len(self.latencies)
             else [float(value) for value in np.quantile(self.latencies, (0.5, 0.9, 0.99))]
         )
-        alive = [row for row in self.rows if row.present]
-        final = alive[-1] if alive else last
+        # Processes end one after the other: the end is when most of their memory was last there.
+        most = max(row.present for row in self.rows)
+        final = [row for row in self.rows if 2 * row.present >= most][-1]
         return Totals(
             **{name: getattr(last, name) for name in _AT_END},
             **{name: getattr(last, name) - getattr(first, name) for name in _GROWN},
