@@ -92,7 +92,7 @@ def ratios(scenario: Scenario, played: Mapping[Side, Played]) -> Ratios:
 
 def _scanner_cpu(totals: Totals | None) -> float | None:
     """Part of a CPU."""
-    return totals and (totals.cpu_engine + totals.cpu_agents + totals.cpu_ksmd) / totals.seconds
+    return None if totals is None else (totals.cpu_engine + totals.cpu_agents + totals.cpu_ksmd) / totals.seconds
 
 
 def _time_to_most(scenario: Scenario, side: Played | None, ksm_totals: Totals | None) -> float | None:

@@ -132,7 +132,7 @@ def _sides(comparison: Comparison) -> dict[str, object]:
 
 
 def _side(played: Played) -> dict[str, object]:
-    return {"run_seconds": played.run_seconds} | msgspec.to_builtins(played.totals)
+    return {"run_seconds": played.run_seconds, **msgspec.structs.asdict(played.totals)}
 
 
 def _show(console: Console, comparisons: list[Comparison]) -> None:

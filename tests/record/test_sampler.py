@@ -92,7 +92,8 @@ def test_frames_shared_by_a_fork_are_merged_at_once(hold: Hold, image: Path) -> 
     assert both.sharing >= PAGES
     assert both.shared >= PAGES
     assert both.known_merges == both.known_merges_at_once == 2 * PAGES
-    assert set(sampler.latencies()) == {1.0}
+    # Others are pages of the interpreter that were equal before.
+    assert list(sampler.latencies()).count(1.0) >= 2 * PAGES
 
 
 def test_a_process_that_is_gone_has_no_pages(hold: Hold) -> None:
