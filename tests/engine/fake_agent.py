@@ -51,6 +51,8 @@ class FakeAgent:
         self.sock.connect(str(path))
         self.huge: set[int] = set()
         """Addresses of what it says are huge pages; a merge splits them."""
+        self.zeroed: set[int] = set()
+        """Zero pages of huge pages that it merged by itself."""
         self.engine_id = (0, 0)
         self.area: mmap.mmap
         self._flags = flags
@@ -210,6 +212,8 @@ class FakeAgent:
         """struct udd_report."""
         if address in self.placed:
             return struct.pack("<QQQQ", address, 0, 0, lib.UDD_REPORT_MERGED | flags)
+        if self.memory[address] == bytes(PAGE):
+            flags |= lib.UDD_REPORT_ZERO
         digest = xxhash.xxh3_128_intdigest(self.memory[address])
         return struct.pack("<QQQQ", address, digest & (2**64 - 1), digest >> 64, flags)
 
@@ -225,13 +229,19 @@ class FakeAgent:
             if self.checksums.get(address) != checksum:
                 self.checksums[address] = checksum
                 changed += 1
-            elif address not in self.placed:
+            elif address not in self.placed and address not in self.zeroed:
                 reports.append(self.report(address, 0))
         head = struct.pack("<IIII", len(seen), changed, 0, not rest)
         return 0, len(reports), 0, head + b"".join(reports)
 
     def on_visit(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
         pages = self.ranges(count, packet)
+        if HEADER.unpack_from(packet)[5]:
+            for address in pages:
+                if self.memory.get(address) == bytes(PAGE):
+                    self.zeroed.add(address)
+                    self.huge.discard(self.huge_page(address))
+            pages = [address for address in pages if address not in self.zeroed]
         reports = [self.report(address, lib.UDD_REPORT_HINTED) for address in pages if address in self.memory]
         return 0, len(reports), 0, struct.pack("<IIII", len(pages), 0, 0, 0) + b"".join(reports)
 
