@@ -174,6 +174,10 @@ struct udd_huge_area {
 size_t udd_huge_areas(const void *items, size_t bytes, size_t count, struct udd_huge_area *ret);
 // Likewise, of the zero pages among reports.
 size_t udd_huge_zeros(const struct udd_report *reports, size_t count, struct udd_huge_area *ret);
+// The candidates (as targets without a slot) of those matches that lie in one of `areas` (addresses); both are sorted. Returns
+// their number.
+size_t udd_huge_others(const struct udd_match *matches, size_t count, const uint64_t *areas, size_t area_count,
+		       struct udd_target *ret);
 // Takes out the items that lie in one of `areas` (addresses); both are sorted. Returns how many items are left.
 size_t udd_huge_without(void *items, size_t bytes, size_t count, const uint64_t *areas, size_t area_count);
 

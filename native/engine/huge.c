@@ -50,16 +50,32 @@ size_t udd_huge_zeros(const struct udd_report *reports, size_t count, struct udd
 	return areas;
 }
 
-size_t udd_huge_without(void *items, size_t bytes, size_t count, const uint64_t *areas, size_t area_count)
+// Whether an area is among sorted ones; `*at` only goes forward, so addresses must come sorted, too.
+static int areas_have(const uint64_t *areas, size_t count, size_t *at, uint64_t address)
 {
-	size_t kept = 0, area = 0;
+	while (*at < count && areas[*at] < area_of(address))
+		++*at;
+	return *at < count && areas[*at] == area_of(address);
+}
+
+size_t udd_huge_others(const struct udd_match *matches, size_t count, const uint64_t *areas, size_t area_count,
+		       struct udd_target *ret)
+{
+	size_t others = 0, at = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		uint64_t at = area_of(address_of(items, bytes, i));
+		if (areas_have(areas, area_count, &at, matches[i].address) && matches[i].other)
+			ret[others++] = (struct udd_target){.address = matches[i].other_address, .agent = matches[i].other};
+	}
+	return others;
+}
 
-		while (area < area_count && areas[area] < at)
-			area++;
-		if (area < area_count && areas[area] == at)
+size_t udd_huge_without(void *items, size_t bytes, size_t count, const uint64_t *areas, size_t area_count)
+{
+	size_t kept = 0, at = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		if (areas_have(areas, area_count, &at, address_of(items, bytes, i)))
 			continue;
 		if (kept != i)
 			memcpy((char *)items + kept * bytes, (const char *)items + i * bytes, bytes);

@@ -31,14 +31,14 @@ def test_few_pages_are_put_off() -> None:
     huge = HugePages(4)
     assert huge.doubtful({BASE: mask(1, 2, 3)}, {}) == [BASE]
     assert take(huge, {BASE: mask(1, 2, 3)}) == Verdict({BASE: mask(1, 2, 3)}, {})
-    assert huge.put_off == 3
+    assert huge.counted == 3
 
 
 def test_enough_pages_are_merged_unasked() -> None:
     huge = HugePages(4)
     assert huge.doubtful({BASE: mask(1, 2, 3, 4)}, {}) == []
     assert take(huge, {BASE: mask(1, 2, 3, 4)}) == Verdict({}, {})
-    assert huge.put_off == 0
+    assert huge.counted == 0
 
 
 def test_pages_add_up_and_those_put_off_come_back() -> None:
@@ -47,7 +47,7 @@ def test_pages_add_up_and_those_put_off_come_back() -> None:
     for page in (7, 300, 500):
         assert take(huge, {BASE: mask(page)}) == Verdict({BASE: mask(page)}, {})
     assert take(huge, {BASE: mask(8)}) == Verdict({}, {BASE: mask(7, 300, 500)})
-    assert huge.put_off == 0
+    assert huge.counted == 0
 
 
 def test_a_page_counts_once() -> None:
@@ -71,6 +71,13 @@ def test_what_was_put_off_comes_back_when_the_huge_page_is_gone() -> None:
     huge = HugePages(4)
     take(huge, {BASE: mask(1, 2)})
     assert take(huge, {BASE: mask(3)}, split=(BASE,)) == Verdict({}, {BASE: mask(1, 2)})
+
+
+def test_pages_that_others_match_count() -> None:
+    huge = HugePages(4)
+    huge.count({BASE: mask(1, 2)})
+    assert take(huge, {BASE: mask(3)}).put_off
+    assert take(huge, {BASE: mask(4)}) == Verdict({}, {BASE: mask(1, 2, 3)})
 
 
 def test_zero_pages_count_and_are_visited() -> None:
@@ -98,11 +105,11 @@ def test_what_is_not_confirmed_is_forgotten_after_two_rounds() -> None:
     take(huge, {BASE: mask(1, 2)})
     huge.next_round()
     take(huge, {BASE: mask(2)})
-    assert huge.put_off == 2
+    assert huge.counted == 2
     huge.next_round()
-    assert huge.put_off == 1
+    assert huge.counted == 1
     huge.next_round()
-    assert huge.put_off == 0
+    assert huge.counted == 0
 
 
 def test_the_count_is_bounded_by_the_size_of_the_process() -> None:
@@ -110,7 +117,7 @@ def test_the_count_is_bounded_by_the_size_of_the_process() -> None:
     huge.set_resident(10 * 512)
     for i in range(1000):
         assert take(huge, {BASE + i * HUGE: mask(0)}).put_off
-    assert huge.put_off == huge.limit == 20 + hugepages.SPARE_AREAS
+    assert huge.counted == huge.limit == 80 + hugepages.SPARE_AREAS
 
 
 pages = st.sets(st.integers(0, 3 * 512 - 1), min_size=1)
@@ -149,6 +156,23 @@ def test_those_put_off_are_taken_out(numbers: set[int], areas: set[int]) -> None
     assert [targets[i].slot for i in range(kept_targets.count)] == expected
     assert [targets[i].address for i in range(kept_targets.count)] == [BASE + number * PAGE for number in expected]
     assert kept_targets.agent == 7
+
+
+@given(st.dictionaries(st.integers(0, 3 * 512 - 1), st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1))
+def test_whom_those_put_off_match(found: dict[int, tuple[int, int]]) -> None:
+    """``found``: page → (agent, its page); agent 0: a store slot."""
+    matches = ffi.new("struct udd_match[]", len(found))
+    for i, (number, (other, place)) in enumerate(sorted(found.items())):
+        matches[i].address, matches[i].other, matches[i].other_address = BASE + number * PAGE, other, place * PAGE
+    expected: dict[int, set[int]] = {}
+    for number, (other, place) in found.items():
+        if number // 512 != 1 and other:
+            expected.setdefault(other, set()).add(place * PAGE)
+    answer = {
+        targets.agent: {targets.array[i].address for i in range(targets.count)}
+        for targets in hugepages.candidates_of([BASE, BASE + 2 * HUGE], Matches(matches, len(found)))
+    }
+    assert answer == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 3 * 512 - 1), st.booleans()), min_size=1, unique_by=lambda pair: pair[0]))

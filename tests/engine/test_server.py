@@ -207,6 +207,22 @@ async def test_hints_add_up_until_a_huge_page_is_split(start: Start) -> None:
     assert not second.huge
 
 
+async def test_those_who_come_first_with_half_of_the_pages_each(start: Start) -> None:
+    """Each has candidates that the other matches, so neither has enough matches of its own."""
+    engine = await start(huge_page_threshold=8)
+    agents = [NeverScanned(engine.path, memory(8, base=(n + 1) * BASE)) for n in range(2)]
+    for agent in agents:
+        agent.huge = set(agent.memory) & {BASE, 2 * BASE}
+        await engine.join(agent)
+    agents[0].hint(BASE, 4 * PAGE)
+    await candidates(engine, 4)
+    agents[1].hint(2 * BASE, 8 * PAGE)
+    await candidates(engine, 8)
+    assert not any(agent.placed for agent in agents)
+    agents[0].hint(BASE + 4 * PAGE, 4 * PAGE)
+    await merge_all(engine, *agents)
+
+
 async def test_zero_pages_count_for_huge_pages(start: Start) -> None:
     engine = await start(huge_page_threshold=8)
     zeros = {BASE + 5 * i * PAGE: bytes(PAGE) for i in range(1, 8)}

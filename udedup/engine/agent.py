@@ -122,6 +122,9 @@ class Others(Protocol):
     def offer_merge(self, targets: Targets) -> None:
         """Has another agent's pages merged, soon; drops it if that one is overloaded or gone."""
 
+    def count_huge(self, targets: Targets) -> None:
+        """Tells another agent that its pages would merge if more of somebody else's huge page did."""
+
 
 class SharedArea:
     """The memory an agent and the engine share (native/common/wire.h)."""
@@ -382,7 +385,13 @@ class Agent:
         if self._huge.splits_always:
             return matches, {}
         put_off, revisit = await self._judge(hugepages.areas_of(matches.array, matches.count), zeros)
+        for targets in hugepages.candidates_of(put_off, matches):
+            self._others.count_huge(targets)
         return hugepages.matches_outside(put_off, matches), revisit
+
+    def count_huge(self, targets: Targets) -> None:
+        """See Others."""
+        self._huge.count(hugepages.areas_of(targets.array, targets.count))
 
     async def _judge(self, matched: Areas, zeros: Areas) -> tuple[Areas, Areas]:
         verdict = self._huge.settle(matched, zeros, await self._in_huge_pages(self._huge.doubtful(matched, zeros)))

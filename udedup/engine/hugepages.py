@@ -10,14 +10,17 @@ one by one. What is counted is forgotten two rounds later unless it is confirmed
 put off by mistake, because the huge page is none any more, comes with the next round.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import attrs
 
 from udedup.engine.index import Matches
 from udedup.engine.native import CData, ffi, lib
-from udedup.engine.planner import Targets
-from udedup.engine.wire import HUGE_PAGES, PAGE
+from udedup.engine.planner import Targets, by_agent
+from udedup.engine.wire import PAGE
+
+AREAS_PER_PAGE = 1 / 64
+"""Areas an agent may have counted per resident page: not all are as full as a huge page."""
 
 SPARE_AREAS = 16
 """Areas that any agent may have counted, however small it is."""
@@ -46,6 +49,14 @@ def matches_outside(areas: Iterable[int], matches: Matches) -> Matches:
 def targets_outside(areas: Iterable[int], targets: Targets) -> Targets:
     """Those in none of ``areas``. Takes ``targets`` apart."""
     return attrs.evolve(targets, count=_outside(areas, targets.array, targets.count))
+
+
+def candidates_of(areas: Iterable[int], matches: Matches) -> Iterator[Targets]:
+    """The other pages that matches in ``areas`` matched, agent by agent; they have no slot yet."""
+    ascending = sorted(areas)
+    targets = ffi.new("struct udd_target[]", matches.count)
+    count = lib.udd_huge_others(matches.array, matches.count, ascending, len(ascending), targets)
+    return by_agent(targets, count)
 
 
 def _collect(areas: CData, count: int) -> Areas:
@@ -105,7 +116,7 @@ class _Count:
 
 
 class HugePages:
-    """The count of one agent: which pages of its huge pages would merge, but are put off."""
+    """The count of one agent: which pages of its huge pages would merge, if there were enough of them."""
 
     def __init__(self, threshold: int) -> None:
         """``threshold``: least number of pages to split a huge page for; 0 or 1: any."""
@@ -115,8 +126,8 @@ class HugePages:
         self._counts: dict[int, _Count] = {}
 
     def set_resident(self, pages: int) -> None:
-        """How large the agent's process is: no honest agent has more huge pages; twice for those it had last round."""
-        self.limit = 2 * pages // HUGE_PAGES + SPARE_AREAS
+        """How large the agent's process is."""
+        self.limit = int(pages * AREAS_PER_PAGE) + SPARE_AREAS
 
     @property
     def splits_always(self) -> bool:
@@ -124,8 +135,8 @@ class HugePages:
         return self.threshold <= 1
 
     @property
-    def put_off(self) -> int:
-        """Pages counted now."""
+    def counted(self) -> int:
+        """Pages, now."""
         return sum(count.pages.bit_count() for count in self._counts.values())
 
     def doubtful(self, matched: Areas, zeros: Areas) -> list[int]:
@@ -147,21 +158,27 @@ class HugePages:
             pages = matched.get(address, 0) | zeros.get(address, 0)
             if address in huge:
                 verdict.put_off[address] = pages
-                self._add(address, pages)
                 continue
             rest = self._together(address, {}, zeros) & ~matched.get(address, 0)
             self._counts.pop(address, None)
             if rest:
                 verdict.revisit[address] = rest
+        self.count(verdict.put_off)
         return verdict
 
-    def _add(self, address: int, pages: int) -> None:
-        count = self._counts.get(address)
-        if count is None:
-            if len(self._counts) >= self.limit:
-                return
-            count = self._counts[address] = _Count()
-        count.recent |= pages
+    def count(self, areas: Areas) -> None:
+        """Counts pages that would merge, as far as there is room.
+
+        Also those that somebody else's pages match, and that were put off there: two processes with the same pages may
+        each have come first with some of them.
+        """
+        for address, pages in areas.items():
+            count = self._counts.get(address)
+            if count is None:
+                if len(self._counts) >= self.limit:
+                    continue
+                count = self._counts[address] = _Count()
+            count.recent |= pages
 
     def next_round(self) -> None:
         """The linear scan reached the end of memory: what was not confirmed since the last time is forgotten."""
