@@ -20,6 +20,7 @@ enum {
 struct batch {
 	uint64_t addresses[BATCH];
 	uint32_t count;
+	uint64_t huge; // bit mask: those that lie in a transparent huge page
 };
 
 // Only if it has changed, and no more often than it is worth.
@@ -60,7 +61,8 @@ static uint32_t copy_out(const struct udd_scan_state *state, uint64_t address, u
 	return udd_failed(got) ? 0 : (uint32_t)udd_pages((uint64_t)got);
 }
 
-// Present pages of `span` that are neither zero-mapped nor a file's. Returns the number of regions; *end is how far it looked.
+// Present pages of `span` that are neither zero-mapped nor a file's. Returns the number of regions, each with
+// PAGE_IS_HUGE among its categories or without; *end is how far it looked.
 static long find_present(struct udd_span span, uint64_t pages, struct page_region *regions, uint64_t *end)
 {
 	struct pm_scan_arg arg = {
@@ -72,7 +74,7 @@ static long find_present(struct udd_span span, uint64_t pages, struct page_regio
 		.max_pages = pages,
 		.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
 		.category_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO | PAGE_IS_FILE,
-		.return_mask = PAGE_IS_PRESENT,
+		.return_mask = PAGE_IS_PRESENT | PAGE_IS_HUGE,
 	};
 	long ret = udd_sys(SYS_ioctl, udd_fault_pagemap(), PAGEMAP_SCAN, &arg);
 
@@ -112,6 +114,8 @@ static void report_batch(const struct udd_scan_state *state, const struct batch 
 			 struct udd_report *reports)
 {
 	static const char zeros[UDD_PAGE_SIZE];
+	// The engine decides which huge pages are worth splitting.
+	uint64_t kept_zeros = state->flags & UDD_CONFIG_KEEP_HUGE && !state->split ? batch->huge : 0;
 	uint64_t zero_addresses[BATCH];
 	uint32_t zero_count = 0;
 
@@ -121,20 +125,22 @@ static void report_batch(const struct udd_scan_state *state, const struct batch 
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value = udd_mark_of(digest.low);
 		bool kept = hinted || (mark && *mark == value);
+		bool zero = page[0] == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) == 0;
 
 		ret->visited++;
 		if (mark)
 			udd_mark_set(&udd_agent.marks, mark, value);
 		if (!kept) {
 			ret->changed++;
-		} else if (page[0] == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) == 0) {
-			if (state->flags & UDD_CONFIG_ZERO_PAGES)
-				zero_addresses[zero_count++] = batch->addresses[i];
+		} else if (zero && !(state->flags & UDD_CONFIG_ZERO_PAGES)) {
+			continue;
+		} else if (zero && !(kept_zeros >> i & 1)) {
+			zero_addresses[zero_count++] = batch->addresses[i];
 		} else {
 			reports[ret->header.count++] = (struct udd_report){
 				.address = batch->addresses[i],
 				.digest = {digest.low, digest.high},
-				.flags = hinted ? UDD_REPORT_HINTED : 0,
+				.flags = (hinted ? UDD_REPORT_HINTED : 0) | (zero ? UDD_REPORT_ZERO : 0),
 			};
 		}
 	}
@@ -148,7 +154,7 @@ static uint64_t look_at(const struct udd_scan_state *state, struct udd_span span
 			struct udd_reports *ret, struct udd_report *reports)
 {
 	struct page_region regions[REGIONS];
-	struct batch batch = {.count = 0};
+	struct batch batch = {.count = 0, .huge = 0};
 	uint64_t end;
 	long found = find_present(span, udd_min(pages, BATCH), regions, &end);
 
@@ -156,8 +162,11 @@ static uint64_t look_at(const struct udd_scan_state *state, struct udd_span span
 		uint64_t wanted = udd_pages(regions[i].end - regions[i].start);
 		uint32_t got = copy_out(state, regions[i].start, wanted, batch.count);
 
-		for (uint32_t page = 0; page < got; page++)
+		for (uint32_t page = 0; page < got; page++) {
+			if (regions[i].categories & PAGE_IS_HUGE)
+				batch.huge |= 1UL << batch.count;
 			batch.addresses[batch.count++] = regions[i].start + udd_bytes(page);
+		}
 	}
 	report_batch(state, &batch, hinted, ret, reports);
 	return end;
@@ -215,6 +224,19 @@ void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uin
 		if (!known(span))
 			udd_refresh_layout();
 		visit_range(state, span, ret, reports);
+	}
+}
+
+void udd_find_huge(const uint64_t *addresses, uint32_t count, uint64_t huge[UDD_ITEMS_MAX / 64])
+{
+	memset(huge, 0, UDD_ITEMS_MAX / 8);
+	for (uint32_t i = 0; i < count; i++) {
+		struct udd_span page = {udd_page_down(addresses[i]), udd_page_down(addresses[i]) + UDD_PAGE_SIZE};
+		struct page_region regions[REGIONS];
+		uint64_t end;
+
+		if (find_present(page, 1, regions, &end) == 1 && regions[0].categories & PAGE_IS_HUGE)
+			huge[i / 64] |= 1UL << i % 64;
 	}
 }
 

@@ -13,6 +13,7 @@ struct udd_scan_state {
 	char *copy;       // its copy area, as mapped here
 	uint64_t cursor;  // next address of the linear scan
 	uint32_t flags;   // enum udd_config_flags
+	bool split;       // this visit may split huge pages for zero pages
 };
 
 // Visits up to `pages` pages from the cursor on. Fills `ret` and at most UDD_REPORTS_MAX reports.
@@ -22,6 +23,8 @@ void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uin
 	       struct udd_report *reports);
 // Copies ranges densely to the copy area. Bit i of `valid` says that page i was copied.
 void udd_copy(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, uint64_t valid[UDD_COPY_WORDS]);
+// Bit i of `huge` says that address i lies in a transparent huge page.
+void udd_find_huge(const uint64_t *addresses, uint32_t count, uint64_t huge[UDD_ITEMS_MAX / 64]);
 // Reads the layout anew, if the last reading is long enough ago for what it costs.
 void udd_refresh_layout(void);
 

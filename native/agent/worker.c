@@ -317,6 +317,7 @@ static size_t answer_reports(struct worker *worker, const struct udd_header *hea
 	struct udd_reports *ret = (struct udd_reports *)worker->answer;
 	struct udd_report *reports = (struct udd_report *)(ret + 1);
 
+	worker->scan.split = header->type == UDD_VISIT && header->value;
 	if (header->type == UDD_SCAN)
 		udd_scan(&worker->scan, ((const struct udd_scan *)header)->pages, ret, reports);
 	else
@@ -389,6 +390,14 @@ static size_t answer_copy(struct worker *worker, const struct udd_header *header
 	return sizeof(*ret);
 }
 
+static size_t answer_huge(const struct worker *worker, const struct udd_header *header)
+{
+	struct udd_huge *ret = (struct udd_huge *)worker->answer;
+
+	udd_find_huge((const uint64_t *)(header + 1), header->count, ret->huge);
+	return sizeof(*ret);
+}
+
 // Bytes that a request of this type with this many items must have, 0 if there is no such request.
 static size_t request_bytes(const struct udd_header *header)
 {
@@ -408,6 +417,8 @@ static size_t request_bytes(const struct udd_header *header)
 		return sizeof(*header) + header->count * sizeof(struct udd_range);
 	case UDD_MERGE:
 		return sizeof(*header) + header->count * sizeof(struct udd_run);
+	case UDD_HUGE:
+		return sizeof(*header) + header->count * sizeof(uint64_t);
 	default:
 		return 0;
 	}
@@ -436,6 +447,8 @@ static size_t answer(struct worker *worker, struct received *message)
 		return answer_merges(worker, header);
 	case UDD_UNMERGE:
 		return answer_unmerge(worker, header);
+	case UDD_HUGE:
+		return answer_huge(worker, header);
 	case UDD_RUNS:
 		return answer_runs(worker, (const struct udd_cursor *)header);
 	default:

@@ -21,7 +21,7 @@
 
 enum {
 	UDD_MAGIC = 0x44445555, // "UUDD"
-	UDD_WIRE_VERSION = 1,
+	UDD_WIRE_VERSION = 2,
 	UDD_PAGE_SHIFT = 12,
 	UDD_PAGE_SIZE = 4096,
 
@@ -41,6 +41,11 @@ enum {
 	// Most pages of one UDD_COPY: the size of the copy area.
 	UDD_COPY_MAX = 512,
 	UDD_COPY_WORDS = 8, // of a bit mask with a bit for each
+
+	// A transparent huge page, and what a bit mask needs with a bit for each of its pages.
+	UDD_HUGE_BYTES = 2097152,
+	UDD_HUGE_PAGES = 512,
+	UDD_HUGE_WORDS = 8,
 
 	// Layout of the shared area (byte offsets, page aligned; both sides assert that the parts fit).
 	UDD_SHARED_STATS = 0,
@@ -63,7 +68,9 @@ enum udd_message_type {
 	UDD_SEGMENT = 4,      // struct udd_segment; ancillary: read-only descriptor of the sealed memfd. Status in the answer.
 	UDD_SEGMENT_DROP = 5, // struct udd_segment: forget it; -EBUSY while runs of it are left
 	UDD_SCAN = 6,         // struct udd_scan: visit the next pages of the linear scan; answer: page reports
-	UDD_VISIT = 7,        // count × struct udd_range: hash these (hinted) pages; answer: page reports
+	// count × struct udd_range: hash these (hinted) pages; answer: page reports. header.value 1: zero pages are merged even if
+	// that splits huge pages.
+	UDD_VISIT = 7,
 	UDD_COPY = 8,         // count × struct udd_range: copy these pages to the copy area, in order, densely; answer: udd_copied
 	UDD_MERGE = 9,        // count × struct udd_run; answer: count × struct udd_merge_result, in the same order
 	UDD_UNMERGE = 10,     // count × struct udd_range, none = everything; answer: header.value = pages given back
@@ -71,6 +78,7 @@ enum udd_message_type {
 	// engine counts references anew: at cursor 0 all drops so far are void (header.value of the answer: the drop ring's head
 	// then), and until the last answer (no items) drops are recorded only for runs that were reported.
 	UDD_RUNS = 11,
+	UDD_HUGE = 15,        // count × uint64_t, addresses: which of them lie in a transparent huge page? answer: udd_huge
 	// agent → engine
 	UDD_DONE = 12,
 	UDD_DOORBELL = 13,
@@ -106,6 +114,7 @@ struct udd_hello {
 enum udd_config_flags {
 	UDD_CONFIG_ZERO_PAGES = 1, // merge all-zero pages with the kernel's
 	UDD_CONFIG_HINTS = 2,      // push place hints
+	UDD_CONFIG_KEEP_HUGE = 4,  // zero pages inside of huge pages are reported, not merged, unless UDD_VISIT says so
 };
 
 struct udd_welcome {
@@ -168,12 +177,19 @@ struct udd_copied {
 	uint64_t valid[8]; // UDD_COPY_WORDS
 };
 
+// Answer to UDD_HUGE; bit i is for address i. Only a matter of speed and memory: nothing is less safe for a wrong bit.
+struct udd_huge {
+	struct udd_header header;
+	uint64_t huge[8]; // UDD_ITEMS_MAX bits
+};
+
 enum udd_report_flags {
 	UDD_REPORT_HINTED = 1, // from UDD_VISIT: may be inserted at once
 	UDD_REPORT_MERGED = 2, // already merged: no digest
+	UDD_REPORT_ZERO = 4,   // all zero, in a huge page: see UDD_CONFIG_KEEP_HUGE
 };
 
-// One page of a scan or visit. Only pages worth looking up are reported: present, not zero, and (scan) unchanged since
+// One page of a scan or visit. Only pages worth looking up are reported: present, mostly not zero, and (scan) unchanged since
 // the previous round. Digest: XXH3_128bits of the page, low then high half.
 struct udd_report {
 	uint64_t address;

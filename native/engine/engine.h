@@ -163,6 +163,26 @@ size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t le
 // Distinct segments of runs; returns how many there are, of which at most `max` are written.
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max);
 
+// ---- huge.c: pages by the transparent huge page they may lie in ----
+
+// Some pages of one huge page's worth of memory.
+struct udd_huge_area {
+	uint64_t address;  // 2 MiB aligned
+	uint64_t pages[8]; // UDD_HUGE_WORDS words, a bit for each page
+};
+
+// `items`: structs of `bytes` bytes that begin with a page's address (struct udd_match, struct udd_target). Groups those that
+// follow each other and lie in one area; ret has room for `count`. Returns the number of areas.
+size_t udd_huge_areas(const void *items, size_t bytes, size_t count, struct udd_huge_area *ret);
+// Likewise, of the zero pages among reports.
+size_t udd_huge_zeros(const struct udd_report *reports, size_t count, struct udd_huge_area *ret);
+// The candidates (as targets without a slot) of those matches that lie in one of `areas` (addresses); both are sorted. Returns
+// their number.
+size_t udd_huge_others(const struct udd_match *matches, size_t count, const uint64_t *areas, size_t area_count,
+		       struct udd_target *ret);
+// Takes out the items that lie in one of `areas` (addresses); both are sorted. Returns how many items are left.
+size_t udd_huge_without(void *items, size_t bytes, size_t count, const uint64_t *areas, size_t area_count);
+
 // ---- store.c: slots and who refers to them ----
 
 struct udd_store;

@@ -49,6 +49,10 @@ class FakeAgent:
         """During a count of runs: end of what was reported."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.connect(str(path))
+        self.huge: set[int] = set()
+        """Addresses of what it says are huge pages; a merge splits them."""
+        self.zeroed: set[int] = set()
+        """Zero pages of huge pages that it merged by itself."""
         self.engine_id = (0, 0)
         self.area: mmap.mmap
         self._flags = flags
@@ -181,6 +185,7 @@ class FakeAgent:
             lib.UDD_SCAN: self.on_scan,
             lib.UDD_VISIT: self.on_visit,
             lib.UDD_COPY: self.on_copy,
+            lib.UDD_HUGE: self.on_huge,
             lib.UDD_MERGE: self.on_merge,
             lib.UDD_UNMERGE: self.on_unmerge,
             lib.UDD_RUNS: self.on_runs,
@@ -207,6 +212,8 @@ class FakeAgent:
         """struct udd_report."""
         if address in self.placed:
             return struct.pack("<QQQQ", address, 0, 0, lib.UDD_REPORT_MERGED | flags)
+        if self.memory[address] == bytes(PAGE):
+            flags |= lib.UDD_REPORT_ZERO
         digest = xxhash.xxh3_128_intdigest(self.memory[address])
         return struct.pack("<QQQQ", address, digest & (2**64 - 1), digest >> 64, flags)
 
@@ -222,13 +229,19 @@ class FakeAgent:
             if self.checksums.get(address) != checksum:
                 self.checksums[address] = checksum
                 changed += 1
-            elif address not in self.placed:
+            elif address not in self.placed and address not in self.zeroed:
                 reports.append(self.report(address, 0))
         head = struct.pack("<IIII", len(seen), changed, 0, not rest)
         return 0, len(reports), 0, head + b"".join(reports)
 
     def on_visit(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
         pages = self.ranges(count, packet)
+        if HEADER.unpack_from(packet)[5]:
+            for address in pages:
+                if self.memory.get(address) == bytes(PAGE):
+                    self.zeroed.add(address)
+                    self.huge.discard(self.huge_page(address))
+            pages = [address for address in pages if address not in self.zeroed]
         reports = [self.report(address, lib.UDD_REPORT_HINTED) for address in pages if address in self.memory]
         return 0, len(reports), 0, struct.pack("<IIII", len(pages), 0, 0, 0) + b"".join(reports)
 
@@ -249,6 +262,15 @@ class FakeAgent:
                 valid |= 1 << i
         return 0, 0, 0, valid.to_bytes(8 * lib.UDD_COPY_WORDS, "little")
 
+    def on_huge(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        addresses = struct.unpack_from(f"<{count}Q", packet, HEADER.size)
+        huge = sum(1 << i for i, address in enumerate(addresses) if self.huge_page(address) in self.huge)
+        return 0, 0, 0, huge.to_bytes(lib.UDD_ITEMS_MAX // 8, "little")
+
+    def huge_page(self, address: int) -> int:
+        """Start of the huge page that an address would be in."""
+        return address - address % int(lib.UDD_HUGE_BYTES)
+
     def runs(self, count: int, packet: bytes) -> list[tuple[int, int, int, int]]:
         """(address, pages, segment, slot)."""
         return [struct.unpack_from("<QIIIxxxx", packet, HEADER.size + 24 * i) for i in range(count)]
@@ -268,6 +290,7 @@ class FakeAgent:
                 else:
                     self.drop(at)
                     self.placed[at] = (segment, slot + i)
+                    self.huge.discard(self.huge_page(at))
                     merged |= 1 << i
             results += struct.pack("<QQQQQ", merged, mismatch, 0, gone, 0)
         self.stats.pages_merged = len(self.placed)

@@ -122,6 +122,135 @@ async def test_different_pages_stay_apart(start: Start) -> None:
     assert (await engine.status())["pages_unshared"] == 200
 
 
+HUGE = 512 * PAGE
+
+
+def sparse(equal: int, *, base: int, own: int) -> dict[int, bytes]:
+    """Two huge pages with ``equal`` pages each that others have too, far apart; the rest from number ``own`` on."""
+    places = [HUGE * half + 7 * i * PAGE for half in range(2) for i in range(equal)]
+    shared = {base + place: page(1 + i) for i, place in enumerate(places)}
+    return {base + i * PAGE: page(own + i) for i in range(1024)} | shared
+
+
+async def sparse_pair(engine: Running, equal: int, *, huge: tuple[bool, bool] = (True, True)) -> list[FakeAgent]:
+    """Two agents with such memory, in huge pages or not, after a few rounds."""
+    agents = []
+    for n in range(2):
+        base = (n + 1) * BASE
+        agent = FakeAgent(engine.path, sparse(equal, base=base, own=10_000 * (n + 1)))
+        agent.huge = {base, base + HUGE} if huge[n] else set()
+        agents.append(agent)
+        await engine.join(agent)
+
+    async def scanned() -> bool:
+        return bool((await engine.status())["full_scans"] >= 6)
+
+    await engine.until(scanned, "scanned")
+    return agents
+
+
+async def test_huge_pages_with_few_equal_pages_stay(start: Start) -> None:
+    engine = await start(huge_page_threshold=8)
+    agents = await sparse_pair(engine, 7)
+    status = await engine.status()
+    assert all(len(agent.huge) == 2 and not agent.placed for agent in agents)
+    assert status["pages_shared"] == 0
+    assert status["store"]["bytes"] == 0  # nor is anything stored that nobody uses
+    assert status["merges"]["huge"] > 0
+
+
+@pytest.mark.parametrize(("threshold", "equal"), [(8, 8), (1, 1), (0, 1)])
+async def test_huge_pages_are_split_when_it_is_worth_it(start: Start, threshold: int, equal: int) -> None:
+    engine = await start(huge_page_threshold=threshold)
+    agents = await sparse_pair(engine, equal)
+    assert all(not agent.huge and len(agent.placed) == 2 * equal for agent in agents)
+
+
+async def test_small_pages_do_not_wait_for_their_neighbours(start: Start) -> None:
+    engine = await start(huge_page_threshold=8)
+    agents = await sparse_pair(engine, 1, huge=(False, False))
+    assert all(len(agent.placed) == 2 for agent in agents)
+
+
+@pytest.mark.parametrize("huge", [(True, False), (False, True)])
+async def test_who_has_huge_pages_keeps_them_whoever_comes_first(start: Start, huge: tuple[bool, bool]) -> None:
+    engine = await start(huge_page_threshold=8)
+    agents = await sparse_pair(engine, 3, huge=huge)
+    assert not any(agent.placed for agent, whole in zip(agents, huge, strict=True) if whole)
+
+
+class NeverScanned(FakeAgent):
+    """Its linear scan finds nothing, however far it goes."""
+
+    def on_scan(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 0, 0, struct.pack("<IIII", *struct.unpack_from("<I", packet, HEADER.size), 0, 0, 0)
+
+
+async def test_hints_add_up_until_a_huge_page_is_split(start: Start) -> None:
+    """Where nothing comes by a second time, those put off first are asked for again."""
+    engine = await start(huge_page_threshold=8)
+    first = await engine.join(NeverScanned(engine.path, memory(8)))
+    first.hint(BASE, 8 * PAGE)
+    await candidates(engine, 8)
+    second = NeverScanned(engine.path, {2 * BASE + 60 * i * PAGE: page(1 + i) for i in range(8)})
+    second.huge = {2 * BASE}
+    await engine.join(second)
+    for i, address in enumerate(second.memory):
+        assert not second.placed
+        second.hint(address, PAGE)
+
+        async def looked_at(count: int = 9 + i) -> bool:
+            return bool((await engine.status())["hints"]["visited"] >= count)
+
+        await engine.until(looked_at, "looked at")
+    await merge_all(engine, first, second)
+    assert not second.huge
+
+
+async def test_those_who_come_first_with_half_of_the_pages_each(start: Start) -> None:
+    """Each has candidates that the other matches, so neither has enough matches of its own."""
+    engine = await start(huge_page_threshold=8)
+    agents = [NeverScanned(engine.path, memory(8, base=(n + 1) * BASE)) for n in range(2)]
+    for agent in agents:
+        agent.huge = set(agent.memory) & {BASE, 2 * BASE}
+        await engine.join(agent)
+    agents[0].hint(BASE, 4 * PAGE)
+    await candidates(engine, 4)
+    agents[1].hint(2 * BASE, 8 * PAGE)
+    await candidates(engine, 8)
+    assert not any(agent.placed for agent in agents)
+    agents[0].hint(BASE + 4 * PAGE, 4 * PAGE)
+    await merge_all(engine, *agents)
+
+
+async def test_zero_pages_count_for_huge_pages(start: Start) -> None:
+    engine = await start(huge_page_threshold=8)
+    zeros = {BASE + 5 * i * PAGE: bytes(PAGE) for i in range(1, 8)}
+    agent = FakeAgent(engine.path, memory(1) | zeros)
+    agent.huge = {BASE}
+    await engine.join(agent)
+    await candidates(engine, 1)
+    other = await engine.join(FakeAgent(engine.path, memory(1, base=2 * BASE)))
+    await engine.until(lambda: not agent.huge, "split")
+    assert set(agent.zeroed) == set(zeros)
+    await engine.until(lambda: bool(agent.placed and other.placed), "merged")
+
+
+async def test_who_talks_nonsense_about_huge_pages_is_dropped(start: Start, warnings: Warnings) -> None:
+    class Liar(FakeAgent):
+        def on_huge(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+            return 0, 0, 0, b"short"
+
+    engine = await start(huge_page_threshold=8)
+    honest = await engine.join(FakeAgent(engine.path, memory(4)))
+    await candidates(engine, 4)
+    liar = Liar(engine.path, memory(4, base=2 * BASE))
+    await engine.join(liar)
+    await engine.until(lambda: liar.farewell is not None, "dropped")
+    assert "huge pages" in "".join(warnings())
+    assert honest.farewell is None
+
+
 async def test_writes_break_and_merge_again(start: Start) -> None:
     engine = await start()
     first, second = await pair(engine, 64)

@@ -47,8 +47,16 @@ def _program(name: str) -> Callable[[], str | None]:
     return probe
 
 
+def _huge_pages() -> str | None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists():
+        return "the kernel has no transparent huge pages"
+    return f"{enabled} says never" if "[never]" in enabled.read_text() else None
+
+
 _PROBES: dict[str, Callable[[], str | None]] = {
     "userfaultfd-move": _userfaultfd_move,
+    "huge-pages": _huge_pages,
     "fuse": _fuse,
     "root": _root,
     "kvm": _kvm,

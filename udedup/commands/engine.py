@@ -66,6 +66,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="spurts spent on hinted pages to spurts of the linear scan (default: 1:1)",
     )
     parser.add_argument(
+        "--huge-page-threshold",
+        type=count(0),
+        default=8,
+        metavar="PAGES",
+        help="split a transparent huge page only if at least PAGES of its 512 pages would merge or are zero; "
+        "0 or 1: always, as KSM does (default: %(default)s)",
+    )
+    parser.add_argument(
         "--hint-slots",
         type=count(1),
         default=1 << 18,
@@ -117,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         hint_runs=args.hint_ratio[0],
         scan_runs=args.hint_ratio[1],
         hint_slots=args.hint_slots,
+        huge_page_threshold=args.huge_page_threshold,
         allowed_domains=frozenset(args.allow_domain),
     )
 

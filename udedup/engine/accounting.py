@@ -84,6 +84,9 @@ class Counters:
     merge_deferred: int = 0
     """Not asked for: their runs are too short for what is left of the agent's mappings."""
 
+    merge_huge: int = 0
+    """Put off, each time they came up: too few pages of their huge page would merge to split it."""
+
     merge_dropped: int = 0
     """Not asked for: the agent had too much to do already."""
 
@@ -134,6 +137,7 @@ class MergeStatus(msgspec.Struct, frozen=True):
     gone: int
     no_vma: int
     deferred: int
+    huge: int
     dropped: int
 
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Generic, Protocol, TypeVar
 import attrs
 import trio
 
-from udedup.engine import planner
+from udedup.engine import hugepages, planner
 from udedup.engine.accounting import Counters
 from udedup.engine.domain import Domain
 from udedup.engine.hints import Hinted, HintRing
+from udedup.engine.hugepages import Areas, HugePages
+from udedup.engine.index import Matches
 from udedup.engine.link import Answer, Link, Peer
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.planner import Fresh, Runs, Targets
@@ -28,6 +31,7 @@ from udedup.engine.wire import (
     COPIED_BYTES,
     CURSOR_TAIL,
     HEADER,
+    HUGE_ANSWER_BYTES,
     ITEMS_MAX,
     PAGE,
     RANGE_BYTES,
@@ -118,6 +122,9 @@ class Others(Protocol):
     def offer_merge(self, targets: Targets) -> None:
         """Has another agent's pages merged, soon; drops it if that one is overloaded or gone."""
 
+    def count_huge(self, targets: Targets) -> None:
+        """Tells another agent that its pages would merge if more of somebody else's huge page did."""
+
 
 class SharedArea:
     """The memory an agent and the engine share (native/common/wire.h)."""
@@ -154,6 +161,7 @@ class Agent:
         link: Link,
         area: SharedArea,
         vma_limit: int,
+        huge_page_threshold: int,
         counters: Counters,
         others: Others,
         newest_segment: Callable[[], int],
@@ -186,6 +194,7 @@ class Agent:
         self._refused_segment = False
         self._changed = 0
         self._drops_lost = 0
+        self._huge = HugePages(huge_page_threshold)
         self._offered: list[Targets] = []
         """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
         self._working = False
@@ -220,6 +229,7 @@ class Agent:
         except (OSError, IndexError):
             resident = RESIDENT_UNKNOWN
         self.domain.index.set_limit(self.number, CANDIDATES_PER_PAGE * resident + REPORTS_MAX)
+        self._huge.set_resident(resident)
 
     def segment_pages(self, segment: int) -> int:
         """Its references into a segment."""
@@ -307,6 +317,7 @@ class Agent:
         if head.wrapped:
             self.volatile, self._changed = self._changed, 0
             self.domain.index.next_round(self.number)
+            self._huge.next_round()
             self.refresh_limit()
         self._drain()
         visited = head.visited
@@ -320,19 +331,23 @@ class Agent:
             # Nobody had to hash them, but they are looked up, and charged against the rate, like all others.
             self._counters.pages_scanned += report_count
             await self._take_reports(reports, report_count, hinted, share_alone=self._shares_first_read)
-        start = 0
-        while start < range_count:
-            end, pages = start, 0
-            while end < range_count and end - start < ITEMS_MAX and pages + ranges[end].pages <= REPORTS_MAX:
-                pages += ranges[end].pages
-                end += 1
-            await self._visit(ranges + start, end - start, pages, hinted)
-            start = end
+        await self._visit(ranges, range_count, hinted)
         self._counters.hints_visited += hinted.count
 
-    async def _visit(self, ranges: CData, count: int, pages: int, hinted: Hinted) -> None:
+    async def _visit(self, ranges: CData, count: int, hinted: Hinted | None) -> None:
+        """Has pages hashed and looks them up; not ``hinted``: they were put off, and may split huge pages now."""
+        start = 0
+        while start < count:
+            end, pages = start, 0
+            while end < count and end - start < ITEMS_MAX and pages + ranges[end].pages <= REPORTS_MAX:
+                pages += ranges[end].pages
+                end += 1
+            await self._visit_some(ranges + start, end - start, pages, hinted)
+            start = end
+
+    async def _visit_some(self, ranges: CData, count: int, pages: int, hinted: Hinted | None) -> None:
         payload = bytes(ffi.buffer(ranges, count * RANGE_BYTES))
-        answer = await self._link.request(lib.UDD_VISIT, payload, count=count)
+        answer = await self._link.request(lib.UDD_VISIT, payload, count=count, value=int(hinted is None))
         if answer.status == 0:
             self._check_reports(answer, pages)
         self._drain()
@@ -355,19 +370,68 @@ class Agent:
         if count == 0 or not self.merging:
             return
         index = self.domain.index
+        zeros = {} if self._huge.splits_always else hugepages.zeros_of(reports, count)
         async with self.domain.undisturbed():
             matches = index.look_up(self.number, reports, count, share_alone=share_alone)
             for targets in self._offered:
                 matches = planner.without_targets(matches, targets)
-            if matches.count == 0:
-                return
-            others = ffi.new("struct udd_target[]", matches.count)
-            other_count = 0
-            for fresh in planner.fresh_batches(index, matches, self.least_run):
-                other_count += await self._publish(fresh, others + other_count)
-            for targets in planner.by_agent(others, other_count):
-                self._others.offer_merge(targets)
-        await self.merge(planner.targets_of(index, self.number, matches), hinted)
+            matches, revisit = await self._worth_splitting(matches, zeros)
+            if matches.count:
+                await self._publish_all(matches)
+        if matches.count:
+            await self._merge_targets(planner.targets_of(index, self.number, matches), hinted)
+        await self._revisit(revisit)
+
+    # ---- huge pages ----
+
+    async def _worth_splitting(self, matches: Matches, zeros: Areas) -> tuple[Matches, Areas]:
+        """Those matches that may be merged now, and what is to be visited after that."""
+        if self._huge.splits_always:
+            return matches, {}
+        put_off, revisit = await self._judge(hugepages.areas_of(matches.array, matches.count), zeros)
+        for targets in hugepages.candidates_of(put_off, matches):
+            self._others.count_huge(targets)
+        return hugepages.matches_outside(put_off, matches), revisit
+
+    def count_huge(self, targets: Targets) -> None:
+        """See Others."""
+        self._huge.count(hugepages.areas_of(targets.array, targets.count))
+
+    async def _judge(self, matched: Areas, zeros: Areas) -> tuple[Areas, Areas]:
+        verdict = self._huge.settle(matched, zeros, await self._in_huge_pages(self._huge.doubtful(matched, zeros)))
+        self._counters.merge_huge += sum(pages.bit_count() for pages in verdict.put_off.values())
+        return verdict.put_off, verdict.revisit
+
+    async def _in_huge_pages(self, areas: list[int]) -> set[int]:
+        """Which of these addresses lie in a transparent huge page now."""
+        found: set[int] = set()
+        for start in range(0, len(areas), ITEMS_MAX):
+            part = areas[start : start + ITEMS_MAX]
+            payload = struct.pack(f"<{len(part)}Q", *part)
+            answer = await self._link.request(lib.UDD_HUGE, payload, count=len(part))
+            self._drain()
+            if answer.status < 0:
+                continue
+            if len(answer.packet) != HUGE_ANSWER_BYTES:
+                raise AgentError(f"its answer about huge pages has {len(answer.packet)} bytes")
+            huge = int.from_bytes(answer.packet[HEADER.size :], "little")
+            found.update(address for i, address in enumerate(part) if huge >> i & 1)
+        return found
+
+    async def _revisit(self, areas: Areas) -> None:
+        """Pages that were put off, and zero ones, of huge pages that are worth splitting by now or are none."""
+        if areas and self.merging:
+            ranges = hugepages.ranges_of(areas)
+            await self._visit(ffi.new("struct udd_range[]", ranges), len(ranges), None)
+
+    async def _publish_all(self, matches: Matches) -> None:
+        """Gives those matches a slot that have none, and has the others they match merged with it too."""
+        others = ffi.new("struct udd_target[]", matches.count)
+        other_count = 0
+        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run):
+            other_count += await self._publish(fresh, others + other_count)
+        for targets in planner.by_agent(others, other_count):
+            self._others.offer_merge(targets)
 
     async def _publish(self, fresh: Fresh, ret_targets: CData) -> int:
         """Copies pages into store slots; returns how many older candidates were found for them (struct udd_target)."""
@@ -417,14 +481,24 @@ class Agent:
 
         async def merge() -> None:
             self._offered.remove(targets)
-            await self.merge(targets)
+            await self._merge_offered(targets)
 
         if self.submit(merge) is None:
             return False
         self._offered.append(targets)
         return True
 
-    async def merge(self, targets: Targets, hinted: Hinted | None = None) -> None:
+    async def _merge_offered(self, targets: Targets) -> None:
+        revisit: Areas = {}
+        if not self.merging:
+            return
+        if not self._huge.splits_always:
+            put_off, revisit = await self._judge(hugepages.areas_of(targets.array, targets.count), {})
+            targets = hugepages.targets_outside(put_off, targets)
+        await self._merge_targets(targets, None)
+        await self._revisit(revisit)
+
+    async def _merge_targets(self, targets: Targets, hinted: Hinted | None) -> None:
         """Has pages merged with their slots; those in short runs only while the agent has mappings to spare."""
         if not self.merging:
             return

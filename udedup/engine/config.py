@@ -6,6 +6,7 @@ import attrs
 
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.policies import POLICIES, Policy
+from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
 
@@ -53,6 +54,9 @@ class EngineConfig:
     zero_pages: bool = True
     """Merge all-zero pages with the kernel's zero page."""
 
+    huge_page_threshold: int = 8
+    """Split a transparent huge page only if at least so many of its 512 pages would merge; 0 or 1: always."""
+
     holdoff_millisecs: int = 1000
     """How long agents leave a page alone after it broke, ms."""
 
@@ -90,6 +94,8 @@ class EngineConfig:
             raise UdedupError(f"hint ratio {self.hint_runs}:{self.scan_runs} would never look at any page")
         if not 1 <= self.hint_slots <= 1 << 28:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
+        if not 0 <= self.huge_page_threshold <= HUGE_PAGES:
+            raise UdedupError(f"huge page threshold is {self.huge_page_threshold} pages: give 0 to {HUGE_PAGES}")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
 

@@ -100,6 +100,7 @@ def status(
             gone=counters.merge_gone,
             no_vma=counters.merge_no_vma,
             deferred=counters.merge_deferred,
+            huge=counters.merge_huge,
             dropped=counters.merge_dropped,
         ),
         breaks=BreakStatus(

@@ -70,6 +70,12 @@ class Rounds:
         if agent is None or not agent.offer(targets):
             self._counters.merge_dropped += targets.count
 
+    def count_huge(self, targets: Targets) -> None:
+        """See agent.Others."""
+        agent = self.agents.get(targets.agent)
+        if agent is not None:
+            agent.count_huge(targets)
+
     # ---- scheduler.Workload ----
 
     @property

@@ -241,6 +241,7 @@ class Engine:
             link=link,
             area=area,
             vma_limit=self._vma_limit,
+            huge_page_threshold=self.config.huge_page_threshold,
             counters=self.counters,
             others=self.rounds,
             newest_segment=lambda: self._numbers.newest,
@@ -252,6 +253,8 @@ class Engine:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
+        if self.config.huge_page_threshold > 1:
+            flags |= lib.UDD_CONFIG_KEEP_HUGE
         return flags
 
     def _free_number(self) -> int:
