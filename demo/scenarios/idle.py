@@ -12,7 +12,7 @@ from demo.scenarios.scenario import Scenario
 from demo.scenarios.stage import Stage
 
 PROGRAMS = 2
-SECONDS = 15.0
+SECONDS = 60.0
 HOLD = "import os, sys; held = os.urandom({megabytes} << 20); print('holds', flush=True); sys.stdin.read()"
 
 

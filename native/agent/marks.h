@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: MIT
-// What the linear scan remembers of each page: a 32-bit checksum, to tell pages that keep still from volatile ones (KSM's
-// "oldchecksum"), and whether the page was given to the kernel's zero page. 4 bytes a page, in leaves of 4 MiB of address
-// space found through a small hash table. A leaf that finds no room is simply not remembered. The worker's own.
+// What the linear scan remembers of each page: a 25-bit checksum, to tell pages that keep still from volatile ones (KSM's
+// "oldchecksum"), at how many looks it was the same and how many rounds to pass the page over for it (KSM's "smart scan"), and
+// whether the page was given to the kernel's zero page. 4 bytes a page, in leaves of 4 MiB of address space found through a
+// small hash table. A leaf that finds no room is simply not remembered. The worker's own.
 #ifndef UDD_MARKS_H
 #define UDD_MARKS_H
 
 #include <stdint.h>
 
 #include "layout.h"
+#include "util.h"
 
 enum {
 	UDD_MARK_NONE = 0, // never seen
 	UDD_MARK_ZERO = 1, // left to the kernel's zero page
 	UDD_MARK_MIN = 2,  // checksums start here
+	UDD_MARK_AGE_SHIFT = 25,   // above the checksum: looks that found it unchanged, 3 bits
+	UDD_MARK_AGE_MAX = 7,
+	UDD_MARK_SKIPS_SHIFT = 28, // above that: rounds to pass it over, 4 bits
 
 	UDD_LEAF_PAGES = 1024,
 };
@@ -40,11 +45,44 @@ void udd_mark_set(struct udd_marks *marks, uint32_t *mark, uint32_t value);
 // Forgets leaves that no candidate reaches into any more.
 void udd_marks_sweep(struct udd_marks *marks, const struct udd_layout *layout);
 
+// The checksum of a page.
 static inline uint32_t udd_mark_of(uint64_t digest_low)
 {
-	uint32_t mark = (uint32_t)(digest_low ^ digest_low >> 32);
+	uint32_t mark = (uint32_t)(digest_low ^ digest_low >> 32) & ((1U << UDD_MARK_AGE_SHIFT) - 1);
 
 	return mark < UDD_MARK_MIN ? UDD_MARK_MIN : mark;
+}
+
+static inline bool udd_mark_has(uint32_t mark, uint32_t checksum)
+{
+	return (mark & ((1U << UDD_MARK_AGE_SHIFT) - 1)) == checksum;
+}
+
+// The mark after a look that found `checksum`: the longer it is the same, the more rounds the page is passed over.
+static inline uint32_t udd_mark_after(uint32_t mark, uint32_t checksum)
+{
+	static const uint8_t skips[UDD_MARK_AGE_MAX + 1] = {0, 0, 0, 1, 2, 4, 8, 8};
+	uint32_t age;
+
+	if (!udd_mark_has(mark, checksum))
+		return checksum;
+	age = (uint32_t)udd_min((mark >> UDD_MARK_AGE_SHIFT & UDD_MARK_AGE_MAX) + 1, UDD_MARK_AGE_MAX);
+	return checksum | age << UDD_MARK_AGE_SHIFT | (uint32_t)skips[age] << UDD_MARK_SKIPS_SHIFT;
+}
+
+// Rounds that the page is still passed over.
+static inline uint32_t udd_mark_skips(uint32_t mark)
+{
+	return mark >> UDD_MARK_SKIPS_SHIFT;
+}
+
+// Whether the page is passed over this round; takes that round off.
+static inline bool udd_mark_skip(uint32_t *mark)
+{
+	if (!udd_mark_skips(*mark))
+		return false;
+	*mark -= 1U << UDD_MARK_SKIPS_SHIFT;
+	return true;
 }
 
 #endif

@@ -124,12 +124,12 @@ static void report_batch(const struct udd_scan_state *state, const struct batch 
 		struct udd_digest digest = udd_digest_page(page);
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value = udd_mark_of(digest.low);
-		bool kept = hinted || (mark && *mark == value);
+		bool kept = hinted || (mark && udd_mark_has(*mark, value));
 		bool zero = page[0] == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) == 0;
 
 		ret->visited++;
 		if (mark)
-			udd_mark_set(&udd_agent.marks, mark, value);
+			udd_mark_set(&udd_agent.marks, mark, udd_mark_after(*mark, value));
 		if (!kept) {
 			ret->changed++;
 		} else if (zero && !(state->flags & UDD_CONFIG_ZERO_PAGES)) {
@@ -140,13 +140,46 @@ static void report_batch(const struct udd_scan_state *state, const struct batch 
 			reports[ret->header.count++] = (struct udd_report){
 				.address = batch->addresses[i],
 				.digest = {digest.low, digest.high},
-				.flags = (hinted ? UDD_REPORT_HINTED : 0) | (zero ? UDD_REPORT_ZERO : 0),
+				.flags = (hinted ? UDD_REPORT_HINTED : 0) | (zero ? UDD_REPORT_ZERO : 0) |
+					 (mark ? udd_mark_skips(*mark) : 0) << UDD_REPORT_SKIPS_SHIFT,
 			};
 		}
 	}
 	if (zero_count)
 		merge_zero_pages(zero_addresses, zero_count, ret);
 	__atomic_store_n(&udd_live()->stats->zero_pages, udd_agent.marks.zero_pages, __ATOMIC_RELAXED);
+}
+
+// The next part of `region` without pages to pass over, which are counted in `skipped`; takes both from the region.
+static bool next_part(struct udd_span *region, bool smart, struct udd_span *ret, uint64_t *skipped)
+{
+	ret->start = ret->end = region->start;
+	while (region->start < region->end) {
+		uint32_t *mark = smart ? udd_mark(&udd_agent.marks, region->start) : NULL;
+		bool skip = mark && udd_mark_skip(mark);
+
+		region->start += UDD_PAGE_SIZE;
+		*skipped += skip;
+		if (!skip)
+			ret->end = region->start;
+		else if (ret->end > ret->start)
+			break;
+		else
+			ret->start = ret->end = region->start;
+	}
+	return ret->end > ret->start;
+}
+
+// Adds pages to the batch, as far as they can be copied.
+static void take_in(const struct udd_scan_state *state, struct udd_span part, bool huge, struct batch *batch)
+{
+	uint32_t got = copy_out(state, part.start, udd_pages(part.end - part.start), batch->count);
+
+	for (uint32_t page = 0; page < got; page++) {
+		if (huge)
+			batch->huge |= 1UL << batch->count;
+		batch->addresses[batch->count++] = part.start + udd_bytes(page);
+	}
 }
 
 // Looks at up to `pages` present pages of `span`, which lies in one candidate. Returns how far it came.
@@ -156,17 +189,14 @@ static uint64_t look_at(const struct udd_scan_state *state, struct udd_span span
 	struct page_region regions[REGIONS];
 	struct batch batch = {.count = 0, .huge = 0};
 	uint64_t end;
+	bool smart = !hinted && state->flags & UDD_CONFIG_SMART_SCAN;
 	long found = find_present(span, udd_min(pages, BATCH), regions, &end);
 
 	for (long i = 0; i < found; i++) {
-		uint64_t wanted = udd_pages(regions[i].end - regions[i].start);
-		uint32_t got = copy_out(state, regions[i].start, wanted, batch.count);
+		struct udd_span region = {regions[i].start, regions[i].end};
 
-		for (uint32_t page = 0; page < got; page++) {
-			if (regions[i].categories & PAGE_IS_HUGE)
-				batch.huge |= 1UL << batch.count;
-			batch.addresses[batch.count++] = regions[i].start + udd_bytes(page);
-		}
+		for (struct udd_span part; next_part(&region, smart, &part, &ret->header.value);)
+			take_in(state, part, regions[i].categories & PAGE_IS_HUGE, &batch);
 	}
 	report_batch(state, &batch, hinted, ret, reports);
 	return end;
@@ -178,7 +208,7 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 
 	if (state->cursor == 0)
 		udd_refresh_layout();
-	while (ret->visited < budget) {
+	while (ret->visited + ret->header.value / UDD_SKIPS_PER_VISIT < budget) {
 		const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, state->cursor);
 		struct udd_span span;
 

@@ -42,6 +42,9 @@ enum {
 	UDD_COPY_MAX = 512,
 	UDD_COPY_WORDS = 8, // of a bit mask with a bit for each
 
+	UDD_SKIPS_MAX = 8,
+	UDD_SKIPS_PER_VISIT = 8,
+
 	// A transparent huge page, and what a bit mask needs with a bit for each of its pages.
 	UDD_HUGE_BYTES = 2097152,
 	UDD_HUGE_PAGES = 512,
@@ -114,6 +117,7 @@ struct udd_hello {
 enum udd_config_flags {
 	UDD_CONFIG_ZERO_PAGES = 1, // merge all-zero pages with the kernel's
 	UDD_CONFIG_HINTS = 2,      // push place hints
+	UDD_CONFIG_SMART_SCAN = 8, // pass over pages that do not change, for up to 8 rounds
 	UDD_CONFIG_KEEP_HUGE = 4,  // zero pages inside of huge pages are reported, not merged, unless UDD_VISIT says so
 };
 
@@ -187,6 +191,7 @@ enum udd_report_flags {
 	UDD_REPORT_HINTED = 1, // from UDD_VISIT: may be inserted at once
 	UDD_REPORT_MERGED = 2, // already merged: no digest
 	UDD_REPORT_ZERO = 4,   // all zero, in a huge page: see UDD_CONFIG_KEEP_HUGE
+	UDD_REPORT_SKIPS_SHIFT = 8, // the byte from here: rounds that the page will be passed over, at most UDD_SKIPS_MAX
 };
 
 // One page of a scan or visit. Only pages worth looking up are reported: present, mostly not zero, and (scan) unchanged since
@@ -197,7 +202,8 @@ struct udd_report {
 	uint64_t flags;
 };
 
-// Answer to UDD_SCAN and UDD_VISIT; header.count reports follow.
+// Answer to UDD_SCAN and UDD_VISIT; header.count reports follow. header.value: pages passed over (smart scan), each charged as
+// one part in UDD_SKIPS_PER_VISIT of a visited one.
 struct udd_reports {
 	struct udd_header header;
 	uint32_t visited;  // pages looked at (charged against the rate limit)

@@ -52,6 +52,7 @@ struct udd_index {
 	struct udd_digest zero; // of the zero page: agents merge those by themselves
 };
 
+// `round`: the last one in which the candidate will have been confirmed.
 static uint64_t candidate_value(uint32_t agent, uint64_t address, uint32_t round)
 {
 	return (uint64_t)agent << (PAGE_BITS + STAMP_BITS) | address >> UDD_PAGE_SHIFT << STAMP_BITS | (round & STAMP_MASK);
@@ -225,6 +226,14 @@ int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit)
 	return 0;
 }
 
+// Rounds in which the agent will not look at the page.
+static uint32_t report_skips(const struct udd_report *report)
+{
+	uint32_t skips = report->flags >> UDD_REPORT_SKIPS_SHIFT & 0xff;
+
+	return skips < UDD_SKIPS_MAX ? skips : UDD_SKIPS_MAX;
+}
+
 static int index_insert_candidate(struct udd_index *index, struct agent_state *state, uint32_t agent,
 				  const struct udd_report *report)
 {
@@ -235,7 +244,7 @@ static int index_insert_candidate(struct udd_index *index, struct agent_state *s
 	*table_slot(index, &index->candidates, report->digest[0], report->digest[1]) = (struct entry){
 		.low = report->digest[0],
 		.high = report->digest[1],
-		.value = candidate_value(agent, report->address, state->round),
+		.value = candidate_value(agent, report->address, state->round + report_skips(report)),
 	};
 	index->candidates.count++;
 	state->count++;
@@ -307,7 +316,7 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 				return r;
 			ret->inserted++;
 		} else if (own) {
-			entry->value = candidate_value(agent, report->address, state->round);
+			entry->value = candidate_value(agent, report->address, state->round + report_skips(report));
 			ret->own++;
 		} else {
 			ret->candidates++;
@@ -341,7 +350,7 @@ static size_t index_sweep(struct udd_index *index, uint32_t agent)
 			struct agent_state *state = &index->agents[candidate_agent(entry->value)];
 
 			if (agent ? candidate_agent(entry->value) != agent
-				  : ((state->round - entry->value) & STAMP_MASK) < STALE_ROUNDS)
+				  : ((state->round + UDD_SKIPS_MAX - entry->value) & STAMP_MASK) < STALE_ROUNDS + UDD_SKIPS_MAX)
 				break;
 			state->count--;
 			table_remove(index, table, entry);

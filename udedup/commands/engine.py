@@ -57,6 +57,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how long to sleep between; 0: no limit on the rate (default: %(default)s)",
     )
+    parser.add_argument(
+        "--smart-scan",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pass over pages that did not change, for up to 8 rounds (default: yes)",
+    )
     add_advisor_options(parser)
     parser.add_argument(
         "--hint-ratio",
@@ -124,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         advisor=advisor if args.advisor_mode == "scan-time" else None,
         hint_runs=args.hint_ratio[0],
         scan_runs=args.hint_ratio[1],
+        smart_scan=args.smart_scan,
         hint_slots=args.hint_slots,
         huge_page_threshold=args.huge_page_threshold,
         allowed_domains=frozenset(args.allow_domain),

@@ -14,6 +14,7 @@ _PAGES = (
     "pages_volatile",
     "zero_pages",
     "pages_scanned",
+    "pages_skipped",
     "full_scans",
     "pages_to_scan",
 )

@@ -43,6 +43,7 @@ class Counters:
     """Cumulative since the engine's start, over all agents, also those that left. Pages unless stated."""
 
     pages_scanned: int = 0
+    pages_skipped: int = 0
     """Visited by the linear scan and for hints (as KSM counts)."""
 
     full_scans: int = 0
@@ -241,6 +242,8 @@ class Status(msgspec.Struct, frozen=True):
     pages_volatile: int
     """Pages that changed since the round before, as of each agent's last round."""
     pages_scanned: int
+    pages_skipped: int
+    """Pages that the linear scan passed over, as they had not changed for some rounds (smart scan)."""
     full_scans: int
     pages_to_scan: int
     """Of the next spurt; an advisor changes it."""

@@ -61,6 +61,9 @@ RUNS_MAX = 1 << 20
 LOOK, RECOUNT = 0, 1
 """Why UDD_RUNS is asked: header.value of the request."""
 
+SKIPS_MAX = 2 * REPORTS_MAX * lib.UDD_SKIPS_PER_VISIT
+"""More pages than an agent may pass over in one step."""
+
 UNMERGE_SECONDS = 300.0
 CANDIDATES_PER_PAGE = 2
 """Candidates an agent may have per resident page: stale ones wait for two rounds."""
@@ -320,7 +323,8 @@ class Agent:
             self._huge.next_round()
             self.refresh_limit()
         self._drain()
-        visited = head.visited
+        visited = head.visited + answer.value // lib.UDD_SKIPS_PER_VISIT
+        self._counters.pages_skipped += answer.value
         await self._take_reports(_items(answer.packet, "struct udd_report *", REPORTS_BYTES), answer.count, None)
         return Scanned(visited, bool(head.wrapped))
 
@@ -358,7 +362,12 @@ class Agent:
         if answer.count > pages or len(answer.packet) != REPORTS_BYTES + answer.count * REPORT_BYTES:
             raise AgentError(f"it reported {answer.count} of {pages} pages in {len(answer.packet)} bytes")
         head = _items(answer.packet, "struct udd_reports *", 0)
-        if head.visited > pages or answer.count > head.visited or head.changed > head.visited:
+        if (
+            head.visited > pages
+            or answer.count > head.visited
+            or head.changed > head.visited
+            or answer.value > SKIPS_MAX
+        ):
             raise AgentError(f"it says it visited {head.visited} of {pages} pages and reports {answer.count}")
         self._counters.pages_scanned += head.visited
         return head

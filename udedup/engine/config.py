@@ -51,6 +51,9 @@ class EngineConfig:
     hint_slots: int = 1 << 18
     """Pages the hint stack holds."""
 
+    smart_scan: bool = True
+    """Whether the linear scan passes over pages that did not change, for up to 8 rounds (as in KSM)."""
+
     zero_pages: bool = True
     """Merge all-zero pages with the kernel's zero page."""
 

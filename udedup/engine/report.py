@@ -80,6 +80,7 @@ def status(
         pages_unshared=sum(domain.index.candidates for domain in domains),
         pages_volatile=sum(agent.volatile for agent in agents),
         pages_scanned=counters.pages_scanned,
+        pages_skipped=counters.pages_skipped,
         full_scans=counters.full_scans,
         pages_to_scan=pages_to_scan,
         zero_pages=zero,

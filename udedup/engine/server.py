@@ -253,6 +253,8 @@ class Engine:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
+        if self.config.smart_scan:
+            flags |= lib.UDD_CONFIG_SMART_SCAN
         if self.config.huge_page_threshold > 1:
             flags |= lib.UDD_CONFIG_KEEP_HUGE
         return flags
