@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "hints.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sys/single_threaded.h>
 #include <sys/stat.h>
@@ -157,6 +158,37 @@ ssize_t udd_hook_pwritev(int fd, const struct iovec *vector, int count, off_t of
 	long ret = cancellable(SYS_pwritev, fd, (long)vector, count, offset, 0, 0);
 
 	hint_vector(fd, vector, count, ret, (uint64_t)offset, UDD_HINT_WRITE);
+	return ret;
+}
+
+// Like libc, where the kernel, or a filter of system calls, does not know the call with flags.
+static ssize_t without_flags(int fd, const struct iovec *vector, int count, off_t offset, int flags,
+			     ssize_t (*here)(int, const struct iovec *, int),
+			     ssize_t (*there)(int, const struct iovec *, int, off_t))
+{
+	if (flags)
+		return udd_as_errno(-ENOTSUP);
+	return offset == -1 ? here(fd, vector, count) : there(fd, vector, count, offset);
+}
+
+ssize_t udd_hook_preadv2(int fd, const struct iovec *vector, int count, off_t offset, int flags)
+{
+	long ret = cancellable(SYS_preadv2, fd, (long)vector, count, offset, 0, flags);
+
+	if (ret < 0 && errno == ENOSYS)
+		return without_flags(fd, vector, count, offset, flags, udd_hook_readv, udd_hook_preadv);
+	// Offset -1 means the file's own position, and that we don't know it.
+	hint_vector(fd, vector, count, ret, (uint64_t)offset, 0);
+	return ret;
+}
+
+ssize_t udd_hook_pwritev2(int fd, const struct iovec *vector, int count, off_t offset, int flags)
+{
+	long ret = cancellable(SYS_pwritev2, fd, (long)vector, count, offset, 0, flags);
+
+	if (ret < 0 && errno == ENOSYS)
+		return without_flags(fd, vector, count, offset, flags, udd_hook_writev, udd_hook_pwritev);
+	hint_vector(fd, vector, count, ret, flags & RWF_APPEND ? UINT64_MAX : (uint64_t)offset, UDD_HINT_WRITE);
 	return ret;
 }
 

@@ -15,6 +15,8 @@ ssize_t udd_hook_readv(int fd, const struct iovec *vector, int count);
 ssize_t udd_hook_writev(int fd, const struct iovec *vector, int count);
 ssize_t udd_hook_preadv(int fd, const struct iovec *vector, int count, off_t offset);
 ssize_t udd_hook_pwritev(int fd, const struct iovec *vector, int count, off_t offset);
+ssize_t udd_hook_preadv2(int fd, const struct iovec *vector, int count, off_t offset, int flags);
+ssize_t udd_hook_pwritev2(int fd, const struct iovec *vector, int count, off_t offset, int flags);
 
 // These only have it forgotten what a descriptor is.
 int udd_hook_close(int fd);

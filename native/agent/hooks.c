@@ -730,6 +730,8 @@ static const struct {
 	{"pwrite64", HOOK(udd_hook_pwrite), NULL, LOCK_NONE, "place hints"},
 	{"writev", HOOK(udd_hook_writev), NULL, LOCK_NONE, "place hints"},
 	{"pwritev64", HOOK(udd_hook_pwritev), NULL, LOCK_NONE, "place hints"},
+	{"preadv64v2", HOOK(udd_hook_preadv2), NULL, LOCK_NONE, "place hints"},
+	{"pwritev64v2", HOOK(udd_hook_pwritev2), NULL, LOCK_NONE, "place hints"},
 	{"close", HOOK(udd_hook_close), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
 	{"dup2", HOOK(udd_hook_dup2), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
 	{"dup3", HOOK(udd_hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
