@@ -11,9 +11,7 @@
 #include "hooks.h"
 
 #include <dlfcn.h>
-#include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -21,17 +19,16 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/shm.h>
-#include <sys/single_threaded.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "../common/uffd.h"
 #include "agent.h"
+#include "hints.h"
 #include "merged.h"
 #include "patch.h"
 #include "remap.h"
-#include "rings.h"
 #include "sys.h"
 
 #ifndef MADV_GUARD_INSTALL
@@ -143,14 +140,6 @@ static bool sound(const void *address, size_t length)
 	return length && length < ADDRESS_SPACE && start < ADDRESS_SPACE - length;
 }
 
-static long as_errno(long ret)
-{
-	if (!udd_failed(ret))
-		return ret;
-	errno = (int)-ret;
-	return -1;
-}
-
 // ---- mappings ----
 
 // A call that unmaps `span`, or maps over it.
@@ -186,7 +175,7 @@ static int hook_munmap(void *address, size_t length)
 {
 	const long arguments[] = {(long)address, (long)length};
 
-	return (int)as_errno(replace_mapping(span_of(address, length), call_munmap, arguments));
+	return (int)udd_as_errno(replace_mapping(span_of(address, length), call_munmap, arguments));
 }
 
 static long call_mmap(const long *arguments)
@@ -217,7 +206,7 @@ static void *hook_mmap(void *address, size_t length, int protection, int flags, 
 		note_change(span_of((void *)ret, length), UDD_STALE_STACK);
 		leave();
 	}
-	return (void *)as_errno(ret);
+	return (void *)udd_as_errno(ret);
 }
 
 static long call_shmat(const long *arguments)
@@ -232,8 +221,8 @@ static void *hook_shmat(int id, const void *address, int flags)
 
 	// Shared memory is no candidate; but attaching it over something replaces that.
 	if ((flags & SHM_REMAP) && udd_sys(SYS_shmctl, id, IPC_STAT, &info) == 0)
-		return (void *)as_errno(replace_mapping(span_of(address, info.shm_segsz), call_shmat, arguments));
-	return (void *)as_errno(call_shmat(arguments));
+		return (void *)udd_as_errno(replace_mapping(span_of(address, info.shm_segsz), call_shmat, arguments));
+	return (void *)udd_as_errno(call_shmat(arguments));
 }
 
 // ---- protection, advice, locking ----
@@ -328,14 +317,14 @@ static int hook_mprotect(void *address, size_t length, int protection)
 {
 	const long arguments[] = {(long)address, (long)length, protection, 0};
 
-	return (int)as_errno(change_protection(SYS_mprotect, span_of(address, length), arguments));
+	return (int)udd_as_errno(change_protection(SYS_mprotect, span_of(address, length), arguments));
 }
 
 static int hook_pkey_mprotect(void *address, size_t length, int protection, int key)
 {
 	const long arguments[] = {(long)address, (long)length, protection, key};
 
-	return (int)as_errno(change_protection(SYS_pkey_mprotect, span_of(address, length), arguments));
+	return (int)udd_as_errno(change_protection(SYS_pkey_mprotect, span_of(address, length), arguments));
 }
 
 // The application's advice for the memory between merged runs. The kernel goes on behind a hole, and says so in the end.
@@ -438,16 +427,16 @@ static int hook_madvise(void *address, size_t length, int advice)
 	long ret;
 
 	if (kind == ADVICE_HARMLESS || (uintptr_t)address % UDD_PAGE_SIZE || !sound(address, length))
-		return (int)as_errno(udd_sys(SYS_madvise, address, length, advice));
+		return (int)udd_as_errno(udd_sys(SYS_madvise, address, length, advice));
 	if (advice == MADV_MERGEABLE && !udd_agent.keep_ksm)
-		return (int)as_errno(withhold_from_ksm(address, length));
+		return (int)udd_as_errno(withhold_from_ksm(address, length));
 	enter();
 	if (!udd_merged_in(span)) {
 		ret = udd_sys(SYS_madvise, address, length, advice);
 		if (kind != ADVICE_DISCARD)
 			note_change(span, UDD_STALE_CHANGED);
 		leave();
-		return (int)as_errno(ret);
+		return (int)udd_as_errno(ret);
 	}
 	enter_exclusive(&mask);
 	if (kind == ADVICE_DISCARD) {
@@ -462,7 +451,7 @@ static int hook_madvise(void *address, size_t length, int advice)
 		note_change(span, UDD_STALE_CHANGED);
 	}
 	leave_exclusive(&mask);
-	return (int)as_errno(ret);
+	return (int)udd_as_errno(ret);
 }
 
 static const struct udd_span WHOLE_MEMORY = {0, UINT64_MAX - UDD_PAGE_SIZE + 1};
@@ -486,19 +475,19 @@ static void change_locking(struct udd_span span, void (*change)(struct udd_run_e
 static int hook_mlock(const void *address, size_t length)
 {
 	change_locking(span_of(address, length), add_attribute);
-	return (int)as_errno(udd_sys(SYS_mlock, address, length));
+	return (int)udd_as_errno(udd_sys(SYS_mlock, address, length));
 }
 
 static int hook_mlock2(const void *address, size_t length, unsigned flags)
 {
 	change_locking(span_of(address, length), add_attribute);
-	return (int)as_errno(udd_sys(SYS_mlock2, address, length, flags));
+	return (int)udd_as_errno(udd_sys(SYS_mlock2, address, length, flags));
 }
 
 static int hook_mlockall(int flags)
 {
 	change_locking(WHOLE_MEMORY, add_attribute);
-	return (int)as_errno(udd_sys(SYS_mlockall, flags));
+	return (int)udd_as_errno(udd_sys(SYS_mlockall, flags));
 }
 
 static int hook_munlock(const void *address, size_t length)
@@ -506,7 +495,7 @@ static int hook_munlock(const void *address, size_t length)
 	long ret = udd_sys(SYS_munlock, address, length);
 
 	change_locking(span_of(address, length), remove_attribute);
-	return (int)as_errno(ret);
+	return (int)udd_as_errno(ret);
 }
 
 static int hook_munlockall(void)
@@ -514,7 +503,7 @@ static int hook_munlockall(void)
 	long ret = udd_sys(SYS_munlockall);
 
 	change_locking(WHOLE_MEMORY, remove_attribute);
-	return (int)as_errno(ret);
+	return (int)udd_as_errno(ret);
 }
 
 static bool is_userfaultfd(int fd)
@@ -564,9 +553,9 @@ static int hook_ioctl(int fd, unsigned long request, void *argument)
 		note_change(span, UDD_STALE_CHANGED);
 		ret = udd_sys(SYS_ioctl, fd, request, argument);
 		leave_exclusive(&mask);
-		return (int)as_errno(ret);
+		return (int)udd_as_errno(ret);
 	}
-	return (int)as_errno(udd_sys(SYS_ioctl, fd, request, argument));
+	return (int)udd_as_errno(udd_sys(SYS_ioctl, fd, request, argument));
 }
 
 // ---- the heap ----
@@ -589,7 +578,7 @@ static int hook_brk(void *address)
 		ret = call_brk(arguments);
 	note_mapped();
 	__curbrk = (void *)ret;
-	return (void *)ret < address ? (int)as_errno(-ENOMEM) : 0;
+	return (void *)ret < address ? (int)udd_as_errno(-ENOMEM) : 0;
 }
 
 // ---- mremap ----
@@ -636,7 +625,7 @@ static void *hook_mremap(void *address, size_t old_length, size_t new_length, in
 		note_remap(from, ret, new_length);
 		leave_exclusive(&mask);
 	}
-	return (void *)as_errno(ret);
+	return (void *)udd_as_errno(ret);
 }
 
 // ---- processes ----
@@ -701,184 +690,6 @@ static int hook_clone(int (*body)(void *), void *stack, int flags, void *argumen
 	return ret;
 }
 
-// ---- I/O: place hints ----
-
-enum udd_fd_kind {
-	FD_UNKNOWN = 0,
-	FD_FILE, // regular file or block device
-	FD_OTHER,
-};
-
-static void look_at(struct udd_fd *slot, int fd)
-{
-	struct stat status;
-	struct udd_live *live = udd_live();
-
-	slot->kind = FD_OTHER;
-	slot->on_mount = 0;
-	if (udd_sys(SYS_fstat, fd, &status) != 0 || !(S_ISREG(status.st_mode) || S_ISBLK(status.st_mode)))
-		return;
-	slot->kind = FD_FILE;
-	slot->on_mount = live->mount_dev && status.st_dev == live->mount_dev;
-	slot->inode = status.st_ino;
-}
-
-static void forget_fd(int fd)
-{
-	if (fd >= 0 && fd < UDD_FD_SLOTS)
-		udd_live()->fds[fd].kind = FD_UNKNOWN;
-}
-
-// What `fd` is. A descriptor may be reused behind our back; a wrong answer costs a useless hint or a missed one.
-static bool source_of(int fd, uint64_t offset, struct udd_source *ret)
-{
-	struct udd_fd own = {.kind = FD_UNKNOWN};
-	struct udd_fd *slot = fd >= 0 && fd < UDD_FD_SLOTS ? &udd_live()->fds[fd] : &own;
-
-	if (slot->kind == FD_UNKNOWN || ++slot->uses == 0)
-		look_at(slot, fd);
-	if (slot->kind != FD_FILE)
-		return false;
-	*ret = (struct udd_source){.inode = slot->inode, .offset = offset, .on_mount = slot->on_mount};
-	return true;
-}
-
-static bool wants_hints(long done)
-{
-	return done >= UDD_PAGE_SIZE && udd_live()->hints;
-}
-
-static void hint_buffer(int fd, const void *buffer, long done, uint64_t offset, uint32_t flags)
-{
-	struct udd_source source;
-
-	if (wants_hints(done) && source_of(fd, offset, &source))
-		udd_hint_push(buffer, (uint64_t)done, flags, &source);
-}
-
-static void hint_vector(int fd, const struct iovec *vector, int count, long done, uint64_t offset, uint32_t flags)
-{
-	struct udd_source source;
-
-	if (!wants_hints(done) || !source_of(fd, offset, &source))
-		return;
-	for (int i = 0; i < count && done > 0; i++) {
-		uint64_t bytes = udd_min(vector[i].iov_len, (uint64_t)done);
-
-		udd_hint_push(vector[i].iov_base, bytes, flags, &source);
-		done -= (long)bytes;
-		if (source.offset != UINT64_MAX)
-			source.offset += bytes;
-	}
-}
-
-// A cancellation point, as libc makes it one.
-static long cancellable(long number, long a, long b, long c, long d, long e, long f)
-{
-	long ret;
-	int type;
-
-	if (__libc_single_threaded) {
-		// It may still have cancelled itself.
-		pthread_testcancel();
-		return as_errno(udd_syscall6(number, a, b, c, d, e, f));
-	}
-	pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, &type);
-	ret = udd_syscall6(number, a, b, c, d, e, f);
-	pthread_setcanceltype(type, NULL);
-	return as_errno(ret);
-}
-
-static ssize_t hook_read(int fd, void *buffer, size_t bytes)
-{
-	long ret = cancellable(SYS_read, fd, (long)buffer, (long)bytes, 0, 0, 0);
-
-	hint_buffer(fd, buffer, ret, UINT64_MAX, 0);
-	return ret;
-}
-
-static ssize_t hook_write(int fd, const void *buffer, size_t bytes)
-{
-	long ret = cancellable(SYS_write, fd, (long)buffer, (long)bytes, 0, 0, 0);
-
-	hint_buffer(fd, buffer, ret, UINT64_MAX, UDD_HINT_WRITE);
-	return ret;
-}
-
-static ssize_t hook_pread(int fd, void *buffer, size_t bytes, off_t offset)
-{
-	long ret = cancellable(SYS_pread64, fd, (long)buffer, (long)bytes, offset, 0, 0);
-
-	hint_buffer(fd, buffer, ret, (uint64_t)offset, 0);
-	return ret;
-}
-
-static ssize_t hook_pwrite(int fd, const void *buffer, size_t bytes, off_t offset)
-{
-	long ret = cancellable(SYS_pwrite64, fd, (long)buffer, (long)bytes, offset, 0, 0);
-
-	hint_buffer(fd, buffer, ret, (uint64_t)offset, UDD_HINT_WRITE);
-	return ret;
-}
-
-static ssize_t hook_readv(int fd, const struct iovec *vector, int count)
-{
-	long ret = cancellable(SYS_readv, fd, (long)vector, count, 0, 0, 0);
-
-	hint_vector(fd, vector, count, ret, UINT64_MAX, 0);
-	return ret;
-}
-
-static ssize_t hook_writev(int fd, const struct iovec *vector, int count)
-{
-	long ret = cancellable(SYS_writev, fd, (long)vector, count, 0, 0, 0);
-
-	hint_vector(fd, vector, count, ret, UINT64_MAX, UDD_HINT_WRITE);
-	return ret;
-}
-
-static ssize_t hook_preadv(int fd, const struct iovec *vector, int count, off_t offset)
-{
-	long ret = cancellable(SYS_preadv, fd, (long)vector, count, offset, 0, 0);
-
-	hint_vector(fd, vector, count, ret, (uint64_t)offset, 0);
-	return ret;
-}
-
-static ssize_t hook_pwritev(int fd, const struct iovec *vector, int count, off_t offset)
-{
-	long ret = cancellable(SYS_pwritev, fd, (long)vector, count, offset, 0, 0);
-
-	hint_vector(fd, vector, count, ret, (uint64_t)offset, UDD_HINT_WRITE);
-	return ret;
-}
-
-static int hook_close(int fd)
-{
-	long ret;
-
-	forget_fd(fd);
-	ret = cancellable(SYS_close, fd, 0, 0, 0, 0, 0);
-	forget_fd(fd);
-	return (int)ret;
-}
-
-static int hook_dup2(int old, int new)
-{
-	long ret = udd_sys(SYS_dup2, old, new);
-
-	forget_fd(new);
-	return (int)as_errno(ret);
-}
-
-static int hook_dup3(int old, int new, int flags)
-{
-	long ret = udd_sys(SYS_dup3, old, new, flags);
-
-	forget_fd(new);
-	return (int)as_errno(ret);
-}
-
 // ---- the table ----
 
 enum hook_lock {
@@ -911,17 +722,19 @@ static const struct {
 	{"ioctl", HOOK(hook_ioctl), NULL, LOCK_MAP, "memory registered with another userfaultfd"},
 	{"_Fork", HOOK(hook_fork), &original_fork, LOCK_MAP, "children"},
 	{"clone", HOOK(hook_clone), &original_clone, LOCK_MAP, "children"},
-	{"read", HOOK(hook_read), NULL, LOCK_NONE, "place hints"},
-	{"pread64", HOOK(hook_pread), NULL, LOCK_NONE, "place hints"},
-	{"readv", HOOK(hook_readv), NULL, LOCK_NONE, "place hints"},
-	{"preadv64", HOOK(hook_preadv), NULL, LOCK_NONE, "place hints"},
-	{"write", HOOK(hook_write), NULL, LOCK_NONE, "place hints"},
-	{"pwrite64", HOOK(hook_pwrite), NULL, LOCK_NONE, "place hints"},
-	{"writev", HOOK(hook_writev), NULL, LOCK_NONE, "place hints"},
-	{"pwritev64", HOOK(hook_pwritev), NULL, LOCK_NONE, "place hints"},
-	{"close", HOOK(hook_close), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
-	{"dup2", HOOK(hook_dup2), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
-	{"dup3", HOOK(hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
+	{"read", HOOK(udd_hook_read), NULL, LOCK_NONE, "place hints"},
+	{"pread64", HOOK(udd_hook_pread), NULL, LOCK_NONE, "place hints"},
+	{"readv", HOOK(udd_hook_readv), NULL, LOCK_NONE, "place hints"},
+	{"preadv64", HOOK(udd_hook_preadv), NULL, LOCK_NONE, "place hints"},
+	{"write", HOOK(udd_hook_write), NULL, LOCK_NONE, "place hints"},
+	{"pwrite64", HOOK(udd_hook_pwrite), NULL, LOCK_NONE, "place hints"},
+	{"writev", HOOK(udd_hook_writev), NULL, LOCK_NONE, "place hints"},
+	{"pwritev64", HOOK(udd_hook_pwritev), NULL, LOCK_NONE, "place hints"},
+	{"preadv64v2", HOOK(udd_hook_preadv2), NULL, LOCK_NONE, "place hints"},
+	{"pwritev64v2", HOOK(udd_hook_pwritev2), NULL, LOCK_NONE, "place hints"},
+	{"close", HOOK(udd_hook_close), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
+	{"dup2", HOOK(udd_hook_dup2), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
+	{"dup3", HOOK(udd_hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
 };
 
 enum { HOOKS = sizeof(hooks) / sizeof(hooks[0]) };

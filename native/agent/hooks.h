@@ -3,6 +3,19 @@
 #ifndef UDD_HOOKS_H
 #define UDD_HOOKS_H
 
+#include <errno.h>
+
+#include "sys.h"
+
+// What a libc function returns, for what the kernel did.
+static inline long udd_as_errno(long ret)
+{
+	if (!udd_failed(ret))
+		return ret;
+	errno = (int)-ret;
+	return -1;
+}
+
 // Installs every hook of the table. Returns 0, or a negative errno if one that merging depends on could not be.
 // `missing` then names it.
 int udd_hooks_install(const char **missing);

@@ -35,6 +35,7 @@ NEED_MERGING = (
     "shared-with-a-child-then-merged",
     "single-threaded-to-libc",
     "other-programs",
+    "every-transfer-is-a-hint",
 )
 LIMITS = {
     "as": (resource.RLIMIT_AS, 192 << 20),

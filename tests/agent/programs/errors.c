@@ -234,6 +234,14 @@ static void transfers(void)
 	show(preadv(fd, vector, 3, -5));
 	show(preadv(fd, bad, 2, 0));
 	show(preadv(ends[0], vector, 1, 0));
+	show(preadv2(fd, vector, 3, 0, 0));
+	show(preadv2(fd, vector, 3, -5, 0));
+	show(preadv2(fd, vector, 3, 0, 1 << 30));
+	show(preadv2(fd, bad, 2, 0, RWF_HIPRI));
+	show(preadv2(ends[0], vector, 1, 0, 0));
+	show(lseek(fd, 100, SEEK_SET));
+	show(preadv2(fd, vector, 3, -1, 0));
+	show(lseek(fd, 0, SEEK_CUR));
 	show(write(-1, buffer, 1));
 	show(write(read_only, buffer, 1));
 	show(write(fd, (void *)8, PAGE));
@@ -245,6 +253,13 @@ static void transfers(void)
 	show(writev(fd, vector, -1));
 	show(pwritev(fd, vector, 3, 1));
 	show(pwritev(fd, vector, 3, -1));
+	show(pwritev2(fd, vector, 3, 1, RWF_DSYNC));
+	show(pwritev2(fd, vector, 3, -5, 0));
+	show(pwritev2(fd, vector, 3, 0, 1 << 30));
+	show(pwritev2(fd, bad, 2, 0, 0));
+	show(pwritev2(fd, vector, 3, 0, RWF_APPEND));
+	show(lseek(fd, 100, SEEK_SET));
+	show(pwritev2(fd, vector, 3, -1, 0));
 	show(lseek(fd, 0, SEEK_CUR));
 	show(close(-1));
 	show(close(100000));

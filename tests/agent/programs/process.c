@@ -299,6 +299,12 @@ static void *arrive(void *unused)
 	case 7:
 		(void)!pwritev(regular, &vector, 1, 0);
 		break;
+	case 8:
+		(void)!preadv2(regular, &vector, 1, 0, 0);
+		break;
+	case 9:
+		(void)!pwritev2(regular, &vector, 1, 0, 0);
+		break;
 	default:
 		close(regular);
 		break;
@@ -310,7 +316,7 @@ static void *arrive(void *unused)
 static void every_cancellation_point(void)
 {
 	await_agent();
-	for (point = 0; point < 9; point++) {
+	for (point = 0; point < 11; point++) {
 		pthread_t thread;
 		void *result;
 
@@ -326,6 +332,37 @@ static void every_cancellation_point(void)
 		check(result == PTHREAD_CANCELED && passed == 1);
 		close(regular);
 	}
+}
+
+// Each call that fills or writes out whole pages pushes a hint for each of its buffers.
+static void every_transfer_is_a_hint(void)
+{
+	static char pages[4 * PAGE] __attribute__((aligned(PAGE)));
+	struct iovec vector[] = {{pages, 2 * PAGE}, {pages + 2 * PAGE, 2 * PAGE}};
+	const ssize_t all = sizeof(pages);
+	int fd = memfd_create("regular", 0);
+	uint64_t before;
+
+	check(ftruncate(fd, 16 * sizeof(pages)) == 0);
+	await_agent();
+	await(pread(fd, pages, sizeof(pages), 0) == all && stats().hints > 0);
+#define PUSHES(hints_, call_)                                                                                                  \
+	before = stats().hints;                                                                                                \
+	check((call_) == all);                                                                                                 \
+	check(stats().hints - before == (hints_))
+	PUSHES(1, read(fd, pages, sizeof(pages)));
+	PUSHES(1, pread(fd, pages, sizeof(pages), 0));
+	PUSHES(2, readv(fd, vector, 2));
+	PUSHES(2, preadv(fd, vector, 2, 0));
+	PUSHES(2, preadv2(fd, vector, 2, 0, 0));
+	PUSHES(2, preadv2(fd, vector, 2, -1, 0));
+	PUSHES(1, write(fd, pages, sizeof(pages)));
+	PUSHES(1, pwrite(fd, pages, sizeof(pages), 0));
+	PUSHES(2, writev(fd, vector, 2));
+	PUSHES(2, pwritev(fd, vector, 2, 0));
+	PUSHES(2, pwritev2(fd, vector, 2, 0, 0));
+	PUSHES(2, pwritev2(fd, vector, 2, 0, RWF_APPEND));
+#undef PUSHES
 }
 
 static void *other_thread(void *unused)
@@ -620,6 +657,7 @@ static const struct test_case cases[] = {
 	{"written-by-a-debugger", written_by_a_debugger},
 	{"cancelled-while-blocked", cancelled_while_blocked},
 	{"every-cancellation-point", every_cancellation_point},
+	{"every-transfer-is-a-hint", every_transfer_is_a_hint},
 	{"only-thread-cancels-itself", only_thread_cancels_itself},
 	{"main-thread-exits", main_thread_exits},
 	{"single-threaded-to-libc", single_threaded_to_libc},
