@@ -43,7 +43,7 @@ enum {
 	UDD_COPY_WORDS = 8, // of a bit mask with a bit for each
 
 	UDD_SKIPS_MAX = 8,
-	UDD_SKIPS_PER_VISIT = 8,
+	UDD_SKIPS_PER_VISIT = 2,
 
 	// A transparent huge page, and what a bit mask needs with a bit for each of its pages.
 	UDD_HUGE_BYTES = 2097152,

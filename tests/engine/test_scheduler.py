@@ -10,7 +10,7 @@ import trio.testing
 
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace, ScanTimeTarget
 from udedup.engine.policies import POLICIES, Policy
-from udedup.engine.scheduler import QUIET_SECONDS, Scheduler, Step
+from udedup.engine.scheduler import QUIET_SECONDS, TOGETHER_SECONDS, Scheduler, Step
 
 PAGES = 100
 
@@ -96,7 +96,7 @@ async def test_load_is_the_same_whatever_the_policy(
     late = 500 * PAGES - model.visited
     assert 0 <= late <= QUIET_SECONDS / 0.02 * PAGES
     if hints == 10**9 and policy.hint_runs:
-        assert late == 0
+        assert late <= TOGETHER_SECONDS / 0.02 * PAGES
 
 
 async def test_spurts_come_together_while_no_hints_do(autojump_clock: trio.testing.MockClock) -> None:
@@ -133,8 +133,8 @@ async def test_the_end_of_a_round_is_the_end_of_a_spurt(autojump_clock: trio.tes
 )
 async def test_ratio(runs: tuple[int, int], part: float, autojump_clock: trio.testing.MockClock) -> None:
     model = Model(hints=10**9, round_pages=10**9)
-    await run_for(1.995, model, Policy(*runs), 10)
-    assert model.pages("hints") == part * 200 * PAGES
+    await run_for(39.995, model, Policy(*runs), 10)
+    assert model.pages("hints") == pytest.approx(part * model.visited, rel=0.02)
 
 
 async def test_leftovers_of_a_dry_hint_spurt_are_scanned(autojump_clock: trio.testing.MockClock) -> None:
@@ -216,7 +216,7 @@ async def test_eager_never_stops_the_scan(autojump_clock: trio.testing.MockClock
     model = Model(hints=10**9, round_pages=10**9)
     await run_for(99.995, model, POLICIES["eager"](1, 1), 20)
     assert model.visited <= (5000 + 50) * PAGES
-    assert model.pages("scan") == pytest.approx(5000 / 2 * 13, rel=0.01)
+    assert model.pages("scan") == pytest.approx(model.visited / 2 * 13 / 100, rel=0.03)
 
 
 def advised(**target: float) -> ScanTimePace:

@@ -31,9 +31,12 @@ REPAY_SHARE = (7, 8)
 """Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
 
 
+TOGETHER_SECONDS = 0.1
+"""The spurts of so many seconds are done together: each costs a wake-up of the engine and of an agent, which at KSM's
+default rate is most of the work …"""
+
 QUIET_SECONDS = 0.5
-"""While no hints come, the spurts of so many seconds are done together: each costs a wake-up of the
-engine and of an agent, which at KSM's default rate is most of the work."""
+"""… and while no hints come, so many seconds'; a hint then ends the pause."""
 
 ROUNDING = 0.01
 """Part of a spurt that a clock may be short of."""
@@ -144,10 +147,11 @@ class Scheduler:
 
     async def _sleep_on(self) -> int:
         """Sleeps between spurts; returns how many spurts are due then: several, while there are no hints."""
-        most = int(QUIET_SECONDS / self._sleep)
-        if most < 2 or not (self._quiet or self._policy.hint_runs == 0):
-            await trio.sleep(self._sleep)
-            return 1
+        most = max(1, int(TOGETHER_SECONDS / self._sleep + ROUNDING))
+        if not self._quiet and self._policy.hint_runs:
+            await trio.sleep(most * self._sleep)
+            return most
+        most = max(1, int(QUIET_SECONDS / self._sleep + ROUNDING))
         started = trio.current_time()
         with trio.move_on_after(most * self._sleep):
             await self._workload.wait_for_change(hints=self._policy.hint_runs > 0)
