@@ -17,10 +17,10 @@ from demo import image as images
 from demo import services
 from demo.guest_program import start_guests
 from demo.guests import QEMU, build_image
-from demo.memory import memory_of
 from demo.programs import Program, start_all
 from demo.report import Result, line, live, summary
 from udedup.engine.control import request
+from udedup.record.kernel import process_memory
 
 CACHE = Path(__file__).parent / ".cache"
 DISK = "disk.img"
@@ -77,7 +77,7 @@ def running(programs: list[Program]) -> Iterator[None]:
 
 def sum_of_pss(programs: Sequence[Program]) -> int:
     """What the programs cost together, in bytes."""
-    return sum(memory_of(program.pid).pss for program in programs)
+    return sum(process_memory(program.pid).pss for program in programs)
 
 
 def until_settled(screen: Screen, engine: services.Engine, programs: Sequence[Program], started: float) -> float:
@@ -134,7 +134,7 @@ def play(console: Console, json: Path | None) -> int:
         with running(programs), Screen(console) as screen:
             seconds_to_merged = until_settled(screen, engine, programs, started)
             status = request(engine.socket, {"op": "status"})
-            pss_engine = memory_of(engine.pid).pss
+            pss_engine = process_memory(engine.pid).pss
             pss_with = sum_of_pss(programs) + pss_engine
 
             wrong = [text for program in programs for text in program.wrong(changed=False)]

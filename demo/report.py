@@ -7,8 +7,8 @@ from attrs import frozen
 from rich.console import Group
 from rich.table import Table
 
-from demo.memory import memory_of
 from demo.programs import Program
+from udedup.record.kernel import process_memory
 
 MIB = 1 << 20
 
@@ -66,7 +66,7 @@ def live(status: dict[str, Any], programs: Sequence[Program], phase: str, second
     for heading in ("pid", "Rss MiB", "Pss MiB", "shared MiB", "zero MiB", "runs"):
         table.add_column(heading, justify="right")
     for program in programs:
-        memory, agent = memory_of(program.pid), agents.get(program.pid, {})
+        memory, agent = process_memory(program.pid), agents.get(program.pid, {})
         shared, zero = (f"{agent.get(key, 0) * 4096 / MIB:.1f}" for key in ("pages_sharing", "zero_pages"))
         table.add_row(
             program.name,

@@ -31,6 +31,7 @@ from support.engine import UDEDUP, Engine, start_engine  # noqa: E402
 from support.ledger import Ledger  # noqa: E402
 
 from udedup.engine import control  # noqa: E402
+from udedup.record.kernel import process_cpu  # noqa: E402
 
 __all__ = [
     "PAGE",
@@ -54,9 +55,6 @@ ANSWER_SECONDS: Final = 120.0
 """How long a program may take for one step."""
 
 REALTIME_PRIORITY: Final = 1
-
-CLOCK_OF_PROCESS: Final = 2
-"""Low bits of the clock id that stands for the CPU time of another process (the kernel's posix-timers_types.h)."""
 
 
 @attrs.frozen
@@ -158,11 +156,6 @@ class Report:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def process_cpu(pid: int) -> float:
-    """CPU time of a running process, s: user and system, all threads."""
-    return time.clock_gettime(~pid << 3 | CLOCK_OF_PROCESS)
 
 
 def smaps(pid: int) -> Iterator[tuple[str, dict[str, int]]]:

@@ -10,28 +10,26 @@ one page of one process that is shared afterwards: KSM's pages_shared + pages_sh
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Final
 
 import attrs
 from measuring import Bench, Figure, Report, main, process_cpu, status, stopped, wait_for_agents
 
-KSM: Final = Path("/sys/kernel/mm/ksm")
+from udedup.record.kernel import ksm, ksm_counter, ksmd_cpu
+
 KSM_SECONDS: Final = 100.0
-KSM_SETTINGS: Final = {"pages_to_scan": "100000", "sleep_millisecs": "0", "run": "1"}
-"""Full speed; ``run`` last."""
+KSM_SETTINGS: Final = {"pages_to_scan": 100_000, "sleep_millisecs": 0}
+"""Full speed."""
 
 FULL_SPEED: Final = (
     "--sleep-millisecs",
-    KSM_SETTINGS["sleep_millisecs"],
+    str(KSM_SETTINGS["sleep_millisecs"]),
     "--pages-to-scan",
-    KSM_SETTINGS["pages_to_scan"],
+    str(KSM_SETTINGS["pages_to_scan"]),
 )
 """The same for the engine."""
 
-KSM_UNMERGE: Final = "2"
 PROCESSES: Final = 2
 
 
@@ -112,39 +110,6 @@ def measure_udedup(bench: Bench, layout: Layout, seed: int) -> Cost:
     return Cost(engine=engine_cpu * 1e6 / merged, agents=agents_cpu * 1e6 / merged)
 
 
-@contextmanager
-def ksm_at_full_speed() -> Iterator[None]:
-    """Sets KSM loose on what asks for it, and undoes everything at the end. Raises RuntimeError if it is in use."""
-    if (KSM / "run").read_text().strip() == "1":
-        raise RuntimeError(f"KSM is in use on this machine: `echo 2 >{KSM}/run` first")
-    settings = {name: (KSM / name).read_text().strip() for name in KSM_SETTINGS}
-    try:
-        for name, value in KSM_SETTINGS.items():
-            (KSM / name).write_text(value)
-        yield
-    finally:
-        (KSM / "run").write_text(KSM_UNMERGE)
-        for name, value in settings.items():
-            (KSM / name).write_text(value)
-
-
-def ksmd_cpu() -> float:
-    """CPU time of ksmd, s: the first number of its schedstat, which counts in ns."""
-    return int(Path(f"/proc/{ksmd_pid()}/schedstat").read_text().split()[0]) / 1e9
-
-
-def ksmd_pid() -> int:
-    """The kernel's thread."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            # Anybody can take the name; only kernel threads have no command line.
-            if (entry / "comm").read_text() == "ksmd\n" and not (entry / "cmdline").read_bytes():
-                return int(entry.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    raise RuntimeError("this kernel has no ksmd")
-
-
 def measure_ksm(bench: Bench, layout: Layout, seed: int) -> float:
     """CPU of ksmd per merged page, µs."""
     program = bench.compile("layout")
@@ -157,9 +122,9 @@ def measure_ksm(bench: Bench, layout: Layout, seed: int) -> float:
         for each in programs:
             each.ask("fill")
         before = ksmd_cpu()
-        with ksm_at_full_speed():
+        with ksm(KSM_SETTINGS):
             deadline = time.monotonic() + KSM_SECONDS
-            while sum(int((KSM / name).read_text()) for name in ("pages_shared", "pages_sharing")) < merged:
+            while sum(map(ksm_counter, ("pages_shared", "pages_sharing"))) < merged:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"KSM did not merge {merged} pages in {KSM_SECONDS:.0f} s")
                 time.sleep(0.002)
@@ -174,18 +139,18 @@ def measure(bench: Bench, quick: bool) -> Report:
     figures: list[Figure] = []
     details: dict[str, object] = {}
     for layout in LAYOUTS:
-        costs, ksm = list[Cost](), list[float]()
+        costs, ksmd = list[Cost](), list[float]()
         for seed in range(ROUNDS_QUICK if quick else ROUNDS):
             costs.append(measure_udedup(bench, layout, seed))
-            ksm.append(measure_ksm(bench, layout, seed))
+            ksmd.append(measure_ksm(bench, layout, seed))
         figures.append(Figure.of(layout.name, "µs", [cost.total for cost in costs], layout.limit))
-        ratios = [cost.total / beside for cost, beside in zip(costs, ksm, strict=True)]
+        ratios = [cost.total / beside for cost, beside in zip(costs, ksmd, strict=True)]
         figures.append(Figure.of(f"{layout.name}, by KSM's", "×", ratios, 1.0 if layout.beats_ksm else None))
         details[layout.name] = {
             "merged_pages": PROCESSES * layout.pages,
             "engine_us": Figure.of("engine", "µs", [cost.engine for cost in costs]).as_dict(),
             "agents_us": Figure.of("agents", "µs", [cost.agents for cost in costs]).as_dict(),
-            "ksm_us": Figure.of("ksmd", "µs", ksm).as_dict(),
+            "ksm_us": Figure.of("ksmd", "µs", ksmd).as_dict(),
         }
     method = "CPU per merged page of engine and agents, from content in place to all merged; KSM: of ksmd"
     return Report("merge", method, figures, details)

@@ -8,7 +8,7 @@ import trio
 from record.conftest import Holder
 from support.engine import Engine
 
-from udedup.record.kernel import process_pss
+from udedup.record.kernel import process_memory
 from udedup.record.recorder import Engine as RecordedEngine
 from udedup.record.recorder import recording
 from udedup.record.recording import Recording
@@ -40,7 +40,7 @@ async def test_lost_by_nobody(hold: Callable[[], Holder], tmp_path: Path) -> Non
     assert 0 < kept.about.marks["here"] <= kept.rows[-1].seconds + 1
     beats = [round(row.seconds / 0.05) for row in kept.rows]
     assert len(set(beats)) == len(beats)
-    assert 0 < kept.rows[0].pss < 2 * process_pss(holder.pid)
+    assert 0 < kept.rows[0].pss < 2 * process_memory(holder.pid).pss
 
 
 @pytest.mark.require("userfaultfd-move")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import attrs
+
 from udedup.errors import UdedupError
 
 KSM: Final = Path("/sys/kernel/mm/ksm")
@@ -23,13 +25,24 @@ def process_cpu(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | CLOCK_OF_PROCESS)
 
 
-def process_pss(pid: int) -> int:
-    """Resident bytes, each shared page divided by the number of processes that map it; 0 if the process is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
+@attrs.frozen
+class Memory:
+    """One process's memory, from /proc/PID/smaps_rollup."""
+
+    rss: int
+    """Resident bytes, shared pages counted in full."""
+
+    pss: int
+    """Resident bytes, each shared page divided by the number of processes that map it: these add up."""
+
+
+def process_memory(pid: int) -> Memory:
+    """Asks the kernel. Raises OSError if the process is gone."""
+    values = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) << 10
+    return Memory(rss=values["Rss"], pss=values["Pss"])
 
 
 def ksm_counter(name: str) -> int:

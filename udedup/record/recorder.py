@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from udedup.engine.control import request
-from udedup.record.kernel import ksm_counter, ksmd_cpu, process_cpu, process_pss
+from udedup.record.kernel import ksm_counter, ksmd_cpu, process_cpu, process_memory
 from udedup.record.recording import About, Recording, Row
 from udedup.record.sampler import Sampler
 
@@ -80,7 +80,7 @@ class Recorder:
         sample = self._sampler.take(pids, seconds)
         if with_pss:
             everyone = [*pids, self._engine.pid] if self._engine else pids
-            self._pss = sum(process_pss(pid) for pid in everyone)
+            self._pss = sum(map(_pss, everyone))
         counters = self._engine_counters(self._engine) if self._engine else {}
         if self._ksm:
             counters = _ksm_counters()
@@ -106,6 +106,13 @@ class Recorder:
             "cpu_engine": process_cpu(engine.pid),
             "cpu_agents": status["cpu_seconds"]["agents"],
         }
+
+
+def _pss(pid: int) -> int:
+    try:
+        return process_memory(pid).pss
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it has ended meanwhile
 
 
 def _ksm_counters() -> dict[str, Any]:
