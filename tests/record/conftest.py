@@ -27,7 +27,7 @@ for line in sys.stdin:
         os.fork()
     elif word == "mergeable":
         memory.madvise(mmap.MADV_MERGEABLE, pages.start * PAGE, len(pages) * PAGE)
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece, whoever else writes after a fork
 """
 
 
