@@ -18,6 +18,7 @@ from demo.worker import READ_BYTES
 
 END_SECONDS = 20.0
 LOAD_SECONDS = 60.0
+MARK = "--done--"
 
 
 class Program(ABC):
@@ -58,7 +59,7 @@ class Program(ABC):
         """Ends the program in any case."""
 
 
-class _Piped(Program):
+class PipedProgram(Program):
     """A program that is spoken to over pipes."""
 
     def __init__(self, name: str, prefix: Sequence[str], command: Sequence[str]) -> None:
@@ -91,6 +92,13 @@ class _Piped(Program):
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
 
+    def ask_until_mark(self, echo: str, *lines: str) -> list[str]:
+        """Sends lines to a shell that has a command, ``echo``, to print a word; returns the lines of the answer."""
+        for line in lines:
+            self._tell(line)
+        self._tell(f"{echo} {MARK}")
+        return list(iter(self._read_line, MARK))
+
     def _read_line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -99,13 +107,13 @@ class _Piped(Program):
         return line.rstrip("\n")
 
 
-def _compare(name: str, expected: dict[str, str], found: dict[str, str]) -> list[str]:
+def compare(name: str, expected: dict[str, str], found: dict[str, str]) -> list[str]:
     """Returns a line for each digest that is missing, too many or different."""
     wrong = [item for item in expected.keys() | found.keys() if expected.get(item) != found.get(item)]
     return [f"{name}: {item}: wrong content" for item in sorted(wrong)]
 
 
-class _Worker(_Piped):
+class _Worker(PipedProgram):
     """A Python program of demo/worker.py."""
 
     expected: dict[bool, dict[str, str]]
@@ -120,7 +128,7 @@ class _Worker(_Piped):
 
     def wrong(self, *, changed: bool) -> list[str]:
         self._tell("verify")
-        return _compare(self.name, self.expected[changed], json.loads(self._read_line()))
+        return compare(self.name, self.expected[changed], json.loads(self._read_line()))
 
 
 class FilesWorker(_Worker):
@@ -160,11 +168,10 @@ def _disk_pieces(path: Path) -> Iterator[Piece]:
             yield content.describe(f"disk-{number * READ_BYTES}", data)
 
 
-class SqliteShell(_Piped):
+class SqliteShell(PipedProgram):
     """Debian's sqlite3 with the database in memory."""
 
     kind = "sqlite3"
-    _MARK = "--done--"
     _PER_CHANGE = 7  # every seventh row is changed
 
     def __init__(self, name: str, prefix: Sequence[str], folder: Path, image: Image) -> None:
@@ -175,10 +182,7 @@ class SqliteShell(_Piped):
         self._tell(f".open --deserialize {shlex.quote(str(folder / DATABASE))}")
 
     def _ask(self, *lines: str) -> list[str]:
-        for line in lines:
-            self._tell(line)
-        self._tell(f".print {self._MARK}")
-        return list(iter(self._read_line, self._MARK))
+        return self.ask_until_mark(".print", *lines)
 
     def wait_loaded(self) -> None:
         self._ask("SELECT count(*) FROM documents;")
@@ -201,10 +205,10 @@ class SqliteShell(_Piped):
         }
         rows = self._ask("SELECT lower(hex(sha3(content, 256))) || ' ' || name FROM documents;")
         found = {name: digest for digest, _, name in (row.partition(" ") for row in rows)}
-        return _compare(self.name, expected, found)
+        return compare(self.name, expected, found)
 
 
-class RedisServer(_Piped):
+class RedisServer(PipedProgram):
     """Debian's redis-server with the dump loaded."""
 
     kind = "redis-server"
@@ -250,7 +254,7 @@ class RedisServer(_Piped):
             found = {name: content.sha256(value) for name, value in names.items() if value is not None}
             if int(client.call(b"DBSIZE") or 0) != len(expected):
                 return [f"{self.name}: not {len(expected)} keys"]
-        return _compare(self.name, expected, found)
+        return compare(self.name, expected, found)
 
     def stop(self) -> None:
         self._process.terminate()

@@ -56,8 +56,9 @@ def file_system(run_folder: Path, disk: Path) -> Iterator[Path]:
     """Mounts the ext4 file system in ``disk``, read-only and in user space, until the end of the block."""
     folder = run_folder / "files"
     folder.mkdir()
+    # allow_other: PostgreSQL does not run as root.
     # In the foreground (-f) its end can be waited for. fakeroot: the files' owners are not this system's.
-    command = ["fuse2fs", "-f", "-o", "ro,fakeroot", str(disk), str(folder)]
+    command = ["fuse2fs", "-f", "-o", "ro,fakeroot,allow_other", str(disk), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + READY_SECONDS
         while not os.path.ismount(folder):

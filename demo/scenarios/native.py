@@ -1,21 +1,26 @@
-"""Python, Redis and SQLite programs that load the same data from a disk image, as in the main job."""
+"""Python, Redis, SQLite and PostgreSQL programs that load the same data from one disk image."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from demo import image as images
 from demo import services
+from demo.postgres import PostgresServer
 from demo.programs import Program, start_all
 from demo.scenarios.scenario import Scenario
 from demo.scenarios.stage import Stage
+
+SERVERS = 2
+"""PostgreSQL's."""
 
 
 class Native(Scenario):
     """See the module. Every byte is checked at the end."""
 
-    summary = "python, redis and sqlite programs hold the files and databases of one disk image"
+    summary = "python, redis, sqlite and postgres programs hold the files and databases of one disk image"
     last_start = "last program starts"
 
     def prepare(self, cache: Path) -> Mapping[str, Path]:
@@ -27,8 +32,11 @@ class Native(Scenario):
         with services.file_system(stage.folder, disk) as files:
             began = trio.current_time()
             programs = start_all(stage.wrap_native, disk, files, self._image, stage.folder)
-            stage.mark(self.last_start)
             try:
+                for number in range(1, SERVERS + 1):
+                    server = partial(PostgresServer, f"postgres{number}", stage.wrap_native)
+                    programs.append(await trio.to_thread.run_sync(server, files, self._image, stage.folder))
+                stage.mark(self.last_start)
                 stage.pids.extend(program.pid for program in programs)
                 await trio.to_thread.run_sync(_wait_loaded, programs)
                 seconds = trio.current_time() - began
