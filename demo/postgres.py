@@ -1,7 +1,7 @@
 """Debian's PostgreSQL as one of the programs: a session that holds files of the image in temporary tables.
 
-Shared buffers are shared memory, which is not merged; what a session keeps in its temporary buffers is its own. Two servers
-that load the same in the same order hold the same pages.
+Shared buffers are shared memory, which is not merged; what a session keeps in its temporary buffers is its own. Two
+servers that load the same in the same order hold the same pages.
 """
 
 import pwd

@@ -8,10 +8,11 @@ async with guests.booted(GuestConfig(image=image, disk=mount / "boot.img"), fold
 """
 
 from demo.guests.guest import QEMU, Completed, Guest, GuestConfig, GuestError, booted, started, wrapped
-from demo.guests.image import KINDS, GuestImage, build_image
+from demo.guests.image import KINDS, MANIFEST, GuestImage, build_image, read_file
 
 __all__ = [
     "KINDS",
+    "MANIFEST",
     "QEMU",
     "Completed",
     "Guest",
@@ -20,6 +21,7 @@ __all__ = [
     "GuestImage",
     "booted",
     "build_image",
+    "read_file",
     "started",
     "wrapped",
 ]

@@ -101,6 +101,11 @@ def build_image(kind: str, cache: Path) -> GuestImage:
     return msgspec.json.decode(description.read_bytes(), type=GuestImage, dec_hook=lambda kind, text: kind(text))
 
 
+def read_file(disk: Path, path: str) -> bytes:
+    """The content of a text file, by its path from the root, in a disk's ext4. Raises UdedupError."""
+    return _run(["debugfs", "-R", f"cat /{path}", disk]).encode()
+
+
 def _recipe(kind: str) -> str:
     """What an image depends on, as a digest: a change of this code makes a new one."""
     parts = [repr(KINDS[kind]), *(path.read_text() for path in sorted(_HERE.glob("*.sh"))), Path(__file__).read_text()]
