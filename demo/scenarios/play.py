@@ -91,6 +91,7 @@ def play(args: argparse.Namespace, console: Console) -> int:
     comparisons: list[Comparison] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="udedup-demo-")))
+        folder.chmod(0o711)  # PostgreSQL does not run as root
         theatre = Theatre(args.scenario, SCENARIOS[args.scenario](), settings, CACHE / "guests", console)
         for number in range(args.repeat):
             own = folder / f"{args.scenario}-{number + 1}"

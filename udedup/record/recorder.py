@@ -1,5 +1,6 @@
 """Takes a sample every second and writes them all to a file at the end."""
 
+import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -66,11 +67,11 @@ class Recorder:
 
     async def run(self, interval: float) -> None:
         """Takes samples until cancelled."""
-        for number in range(1 << 62):
-            await trio.to_thread.run_sync(self.take, number % PSS_EVERY == 0)
+        for number in itertools.count():
             # On the beat, however long a sample takes; one that takes longer than a beat costs that beat.
             beat = math.floor(self.seconds / interval) + 1
             await trio.sleep(beat * interval - self.seconds)
+            await trio.to_thread.run_sync(self.take, number % PSS_EVERY == 0)
 
     def take(self, with_pss: bool) -> None:
         """Takes one sample."""
@@ -141,6 +142,8 @@ async def recording(
     """
     recorder = await trio.to_thread.run_sync(lambda: Recorder(pids, engine, ksm=ksm, images=images))
     try:
+        # Counters count from here, whatever the block does first.
+        await trio.to_thread.run_sync(recorder.take, True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(recorder.run, interval)
             yield recorder
