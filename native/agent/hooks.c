@@ -106,13 +106,7 @@ static void leave_exclusive(const uint64_t *mask)
 
 static void note_change(struct udd_span span, enum udd_stale_kind kind)
 {
-	struct udd_live *live = udd_live();
-	uint32_t i = __atomic_fetch_add(&live->stale_count, 1, __ATOMIC_RELAXED);
-
-	if (i < UDD_STALE_SLOTS)
-		live->stale[i] = (struct udd_stale){span.start, span.end, kind};
-	else
-		__atomic_store_n(&live->stale_count, UDD_STALE_SLOTS + 1, __ATOMIC_RELAXED);
+	udd_stale_note(udd_live()->stale, &udd_live()->stale_count, span, kind);
 }
 
 // The layout has to be read again some time. Mostly it is known already, and costs a read.

@@ -249,13 +249,41 @@ static void remember_stack(struct udd_layout *layout, struct udd_span span)
 	}
 }
 
-void udd_layout_apply(struct udd_layout *layout, const struct udd_stale *stale, uint32_t count)
+void udd_stale_note(struct udd_stale *stale, uint32_t *count, struct udd_span span, enum udd_stale_kind kind)
 {
-	layout->stale += count;
-	if (count > UDD_STALE_SLOTS) {
-		layout->count = 0;
-		count = UDD_STALE_SLOTS;
+	enum { LOOK_BACK = 8 };
+	uint32_t seen = (uint32_t)udd_min(__atomic_load_n(count, __ATOMIC_ACQUIRE), UDD_STALE_SLOTS);
+	uint32_t slot;
+
+	for (uint32_t back = 1; back <= udd_min(seen, LOOK_BACK); back++) {
+		const struct udd_stale *last = &stale[seen - back];
+		uint64_t end = __atomic_load_n(&last->end, __ATOMIC_ACQUIRE);
+		uint64_t start = __atomic_load_n(&last->start, __ATOMIC_RELAXED);
+
+		if (start >= span.end || (end && end <= span.start))
+			continue;
+		if (end >= span.end && start <= span.start && __atomic_load_n(&last->kind, __ATOMIC_RELAXED) == kind)
+			return;
+		// The last word on some of this memory is another one, or is just being written.
+		break;
 	}
+	slot = __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
+	if (slot >= UDD_STALE_SLOTS) {
+		__atomic_store_n(count, UDD_STALE_SLOTS + 1, __ATOMIC_RELAXED);
+		return;
+	}
+	__atomic_store_n(&stale[slot].start, span.start, __ATOMIC_RELAXED);
+	__atomic_store_n(&stale[slot].kind, kind, __ATOMIC_RELAXED);
+	__atomic_store_n(&stale[slot].end, span.end, __ATOMIC_RELEASE);
+}
+
+void udd_layout_apply(struct udd_layout *layout, struct udd_stale *stale, uint32_t *stale_count)
+{
+	uint32_t count = (uint32_t)udd_min(*stale_count, UDD_STALE_SLOTS);
+
+	layout->stale += *stale_count;
+	if (*stale_count > UDD_STALE_SLOTS)
+		layout->count = 0;
 	for (uint32_t i = 0; i < count; i++) {
 		struct udd_span span = {stale[i].start, stale[i].end};
 		struct udd_candidate *candidate = udd_layout_find(layout, span.start);
@@ -268,4 +296,6 @@ void udd_layout_apply(struct udd_layout *layout, const struct udd_stale *stale, 
 		else
 			forget_stacks(layout, span);
 	}
+	memset(stale, 0, count * sizeof(*stale));
+	*stale_count = 0;
 }

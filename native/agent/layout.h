@@ -33,7 +33,7 @@ enum udd_stale_kind {
 
 struct udd_stale {
 	uint64_t start;
-	uint64_t end;
+	uint64_t end;  // written last; 0: not written yet
 	uint64_t kind; // enum udd_stale_kind
 };
 
@@ -57,8 +57,12 @@ enum { UDD_LAYOUT_BUFFER = 65536 };
 
 // Reads the layout anew. 0 or a negative errno, in which case there are no candidates.
 int udd_layout_read(struct udd_layout *layout, struct udd_span own);
-// Takes in what changed; `count` may exceed UDD_STALE_SLOTS, then everything is stale.
-void udd_layout_apply(struct udd_layout *layout, const struct udd_stale *stale, uint32_t count);
+// Notes a change in one of UDD_STALE_SLOTS slots, unless one of the last few notes says the same: programs map and unmap at the
+// same few addresses again and again. Many may do so at once; nobody else looks meanwhile. Once the slots are full, the count
+// exceeds them.
+void udd_stale_note(struct udd_stale *stale, uint32_t *count, struct udd_span span, enum udd_stale_kind kind);
+// Takes in what changed, and empties the slots; everything is stale if they were full.
+void udd_layout_apply(struct udd_layout *layout, struct udd_stale *stale, uint32_t *count);
 // The candidate that holds `address`, or the next one behind it; NULL if there is none.
 struct udd_candidate *udd_layout_find(const struct udd_layout *layout, uint64_t address);
 

@@ -80,8 +80,7 @@ bool udd_worker_lock(uint64_t *started)
 		return false;
 	*started = udd_now();
 	udd_settle_breaks();
-	udd_layout_apply(&udd_agent.layout, udd_live()->stale, udd_live()->stale_count);
-	udd_live()->stale_count = 0;
+	udd_layout_apply(&udd_agent.layout, udd_live()->stale, &udd_live()->stale_count);
 	return true;
 }
 

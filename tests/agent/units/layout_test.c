@@ -186,41 +186,84 @@ static void three_mappings(void)
 	done();
 }
 
+static struct udd_stale stale[UDD_STALE_SLOTS];
+static uint32_t stale_count;
+
+static void note(uint64_t start, uint64_t end, enum udd_stale_kind kind)
+{
+	udd_stale_note(stale, &stale_count, (struct udd_span){start, end}, kind);
+}
+
+static void apply(void)
+{
+	udd_layout_apply(&layout, stale, &stale_count);
+	check(stale_count == 0 && stale[0].end == 0);
+}
+
 static void changes_are_stale(void)
 {
-	struct udd_stale stale[UDD_STALE_SLOTS] = {
-		{0x1f000, 0x31000, UDD_STALE_CHANGED},
-		{0x60000, 0x70000, UDD_STALE_CHANGED}, // right behind the third
-	};
-
 	three_mappings();
-	udd_layout_apply(&layout, stale, 2);
+	note(0x1f000, 0x31000, UDD_STALE_CHANGED);
+	note(0x60000, 0x70000, UDD_STALE_CHANGED); // right behind the third
+	apply();
 	check(layout.candidates[0].stale && layout.candidates[1].stale && !layout.candidates[2].stale);
 	three_mappings();
 	check(is_candidate(0x10000, 0x20000, 0));
-	// More changes than there was room for: nothing is known any more.
-	udd_layout_apply(&layout, stale, UDD_STALE_SLOTS + 1);
+	// More changes than there is room for: nothing is known any more.
+	for (uint64_t i = 0; i < 2 * UDD_STALE_SLOTS; i++)
+		note(0x40000000 + i * 0x10000, 0x40000000 + i * 0x10000 + 0x8000, UDD_STALE_CHANGED);
+	check(stale_count > UDD_STALE_SLOTS);
+	apply();
 	check(layout.count == 0);
+}
+
+// Memory that comes and goes at a few addresses takes a few notes, but none that says something new is left out.
+static void repeated_changes(void)
+{
+	three_mappings();
+	for (unsigned i = 0; i < 100 * UDD_STALE_SLOTS; i++)
+		note(0x40000000 + i % 4 * 0x1000, 0x40001000 + i % 4 * 0x1000, UDD_STALE_CHANGED);
+	check(stale_count == 4);
+	note(0x40000000, 0x40005000, UDD_STALE_CHANGED);
+	check(stale_count == 5);
+	note(0x40001000, 0x40002000, UDD_STALE_CHANGED);
+	check(stale_count == 5);
+	// The last word counts, not any that was the same before it.
+	note(0x30000, 0x40000, UDD_STALE_CHANGED);
+	note(0x30000, 0x40000, UDD_STALE_STACK);
+	note(0x30000, 0x40000, UDD_STALE_CHANGED);
+	note(0x30000, 0x40000, UDD_STALE_STACK);
+	check(stale_count == 9);
+	apply();
+	check(layout.candidates[1].stale);
+	three_mappings();
+	check(layout.count == 2 && !is_candidate(0x30000, 0x40000, 0));
+	// What was taken in is noted again when it happens again.
+	note(0x40000000, 0x40005000, UDD_STALE_CHANGED);
+	note(0x30000, 0x40000, UDD_STALE_CHANGED);
+	check(stale_count == 2);
+	apply();
+	three_mappings();
+	check(layout.count == 3);
 }
 
 static void stacks_are_left_out(void)
 {
-	struct udd_stale stack = {0x30000, 0x40000, UDD_STALE_STACK};
-	struct udd_stale gone = {0x38000, 0x39000, UDD_STALE_CHANGED};
-
-	udd_layout_apply(&layout, &stack, 1);
+	note(0x30000, 0x40000, UDD_STALE_STACK);
+	apply();
 	three_mappings();
 	check(layout.count == 2 && !is_candidate(0x30000, 0x40000, 0));
-	udd_layout_apply(&layout, &gone, 1);
+	note(0x38000, 0x39000, UDD_STALE_CHANGED);
+	apply();
 	three_mappings();
 	check(layout.count == 3);
 	// More stacks than are remembered: the newest are.
 	for (uint64_t i = 0; i < 3 * UDD_STACKS_MAX; i++) {
-		stack = (struct udd_stale){0x40000000 + i * 0x10000, 0x40000000 + i * 0x10000 + 0x8000, UDD_STALE_STACK};
-		udd_layout_apply(&layout, &stack, 1);
+		note(0x40000000 + i * 0x10000, 0x40000000 + i * 0x10000 + 0x8000, UDD_STALE_STACK);
+		apply();
 	}
-	stack = (struct udd_stale){0x50000, 0x60000, UDD_STALE_STACK};
-	udd_layout_apply(&layout, &stack, 1);
+	note(0x50000, 0x60000, UDD_STALE_STACK);
+	apply();
 	three_mappings();
 	check(layout.count == 2 && !is_candidate(0x50000, 0x60000, 0));
 }
@@ -247,6 +290,7 @@ int main(void)
 	long_lines(150000);
 	many_mappings();
 	changes_are_stale();
+	repeated_changes();
 	stacks_are_left_out();
 	unreadable();
 	free(layout.candidates);

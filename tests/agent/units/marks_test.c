@@ -117,6 +117,26 @@ static void check_all(void)
 	}
 }
 
+// A page is passed over ever longer while it stays the same, 8 rounds at most, and not at all once it changes.
+static void ages(void)
+{
+	static const uint32_t expected[] = {0, 0, 1, 2, 4, 8, 8, 8, 8};
+	uint32_t checksum = udd_mark_of(0x1234567800000000);
+	uint32_t mark = udd_mark_after(UDD_MARK_NONE, checksum);
+
+	check(udd_mark_has(mark, checksum) && udd_mark_skips(mark) == 0 && !udd_mark_skip(&mark));
+	for (size_t look = 0; look < sizeof(expected) / sizeof(expected[0]); look++) {
+		mark = udd_mark_after(mark, checksum);
+		check(udd_mark_has(mark, checksum));
+		check(udd_mark_skips(mark) == expected[look]);
+		for (uint32_t round = 0; round < expected[look]; round++)
+			check(udd_mark_skip(&mark));
+		check(!udd_mark_skip(&mark) && udd_mark_has(mark, checksum));
+	}
+	mark = udd_mark_after(mark, udd_mark_of(1));
+	check(udd_mark_has(mark, udd_mark_of(1)) && udd_mark_skips(mark) == 0);
+}
+
 int main(int argc, char **argv)
 {
 	size_t bytes = LEAVES * sizeof(marks.leaves[0]);
@@ -145,7 +165,11 @@ int main(int argc, char **argv)
 	check_zero_count();
 	// A checksum never looks like one of the two special marks.
 	check(udd_mark_of(0) >= UDD_MARK_MIN && udd_mark_of(1) >= UDD_MARK_MIN && udd_mark_of(1UL << 32) >= UDD_MARK_MIN);
-	check(udd_mark_of(0x1234567800000000) == 0x12345678);
+	// Both halves of the word count, and what lies above the checksum stays free for age and skips.
+	check(udd_mark_of(0x1234567800000000) == (0x12345678 & ((1U << UDD_MARK_AGE_SHIFT) - 1)));
+	check(udd_mark_of(0x1234567800000000) != udd_mark_of(0x1234567900000000));
+	check(udd_mark_of(UINT64_MAX >> 32) >> UDD_MARK_AGE_SHIFT == 0);
+	ages();
 	munmap(marks.leaves, bytes);
 	free(marks.table);
 	free(marks.free_leaves);
