@@ -18,6 +18,7 @@ enum {
 
 // Pages that are being looked at: present, of one candidate, `count` of them copied to the copy area.
 struct batch {
+	uint32_t first;      // slot of the copy area that has the first one; the others follow
 	uint64_t addresses[BATCH];
 	uint32_t count;
 	uint64_t huge; // bit mask: those that lie in a transparent huge page
@@ -110,7 +111,7 @@ static void merge_zero_pages(const uint64_t *addresses, uint32_t count, struct u
 }
 
 // Hashes the batch and reports what is worth looking up.
-static void report_batch(const struct udd_scan_state *state, const struct batch *batch, bool hinted, struct udd_reports *ret,
+static void report_batch(struct udd_scan_state *state, const struct batch *batch, bool hinted, struct udd_reports *ret,
 			 struct udd_report *reports)
 {
 	static const char zeros[UDD_PAGE_SIZE];
@@ -120,7 +121,7 @@ static void report_batch(const struct udd_scan_state *state, const struct batch 
 	uint32_t zero_count = 0;
 
 	for (uint32_t i = 0; i < batch->count; i++) {
-		const char *page = state->copy + udd_bytes(i);
+		const char *page = state->copy + udd_bytes(batch->first + i);
 		struct udd_digest digest = udd_digest_page(page);
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value = udd_mark_of(digest.low);
@@ -137,11 +138,14 @@ static void report_batch(const struct udd_scan_state *state, const struct batch 
 		} else if (zero && !(kept_zeros >> i & 1)) {
 			zero_addresses[zero_count++] = batch->addresses[i];
 		} else {
+			// The next batch leaves what is reported where it is; what is not, it overwrites: that is still in the cache.
+			state->copies = batch->first + i + 1;
 			reports[ret->header.count++] = (struct udd_report){
 				.address = batch->addresses[i],
 				.digest = {digest.low, digest.high},
 				.flags = (hinted ? UDD_REPORT_HINTED : 0) | (zero ? UDD_REPORT_ZERO : 0) |
-					 (mark ? udd_mark_skips(*mark) : 0) << UDD_REPORT_SKIPS_SHIFT,
+					 (mark ? udd_mark_skips(*mark) : 0) << UDD_REPORT_SKIPS_SHIFT |
+					 (uint64_t)state->copies << UDD_REPORT_COPY_SHIFT,
 			};
 		}
 	}
@@ -173,7 +177,7 @@ static bool next_part(struct udd_span *region, bool smart, struct udd_span *ret,
 // Adds pages to the batch, as far as they can be copied.
 static void take_in(const struct udd_scan_state *state, struct udd_span part, bool huge, struct batch *batch)
 {
-	uint32_t got = copy_out(state, part.start, udd_pages(part.end - part.start), batch->count);
+	uint32_t got = copy_out(state, part.start, udd_pages(part.end - part.start), batch->first + batch->count);
 
 	for (uint32_t page = 0; page < got; page++) {
 		if (huge)
@@ -183,11 +187,11 @@ static void take_in(const struct udd_scan_state *state, struct udd_span part, bo
 }
 
 // Looks at up to `pages` present pages of `span`, which lies in one candidate. Returns how far it came.
-static uint64_t look_at(const struct udd_scan_state *state, struct udd_span span, uint32_t pages, bool hinted,
+static uint64_t look_at(struct udd_scan_state *state, struct udd_span span, uint32_t pages, bool hinted,
 			struct udd_reports *ret, struct udd_report *reports)
 {
 	struct page_region regions[REGIONS];
-	struct batch batch = {.count = 0, .huge = 0};
+	struct batch batch = {.first = state->copies};
 	uint64_t end;
 	bool smart = !hinted && state->flags & UDD_CONFIG_SMART_SCAN;
 	long found = find_present(span, udd_min(pages, BATCH), regions, &end);
@@ -206,6 +210,7 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 {
 	uint32_t budget = (uint32_t)udd_min(pages, UDD_REPORTS_MAX);
 
+	state->copies = 0;
 	if (state->cursor == 0)
 		udd_refresh_layout();
 	while (ret->visited + ret->header.value / UDD_SKIPS_PER_VISIT < budget) {
@@ -222,7 +227,7 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 	}
 }
 
-static void visit_range(const struct udd_scan_state *state, struct udd_span span, struct udd_reports *ret, struct udd_report *reports)
+static void visit_range(struct udd_scan_state *state, struct udd_span span, struct udd_reports *ret, struct udd_report *reports)
 {
 	while (span.start < span.end && ret->visited < UDD_REPORTS_MAX) {
 		const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, span.start);
@@ -247,6 +252,7 @@ static bool known(struct udd_span span)
 void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, struct udd_reports *ret,
 	       struct udd_report *reports)
 {
+	state->copies = 0;
 	for (uint32_t i = 0; i < count; i++) {
 		struct udd_span span = {udd_page_down(ranges[i].address),
 					udd_page_down(ranges[i].address) + udd_bytes(udd_min(ranges[i].pages, UDD_REPORTS_MAX))};

@@ -14,6 +14,7 @@ struct udd_scan_state {
 	uint64_t cursor;  // next address of the linear scan
 	uint32_t flags;   // enum udd_config_flags
 	bool split;       // this visit may split huge pages for zero pages
+	uint32_t copies;  // slots of the copy area that this request's reports refer to
 };
 
 // Visits up to `pages` pages from the cursor on. Fills `ret` and at most UDD_REPORTS_MAX reports.

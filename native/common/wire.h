@@ -21,7 +21,7 @@
 
 enum {
 	UDD_MAGIC = 0x44445555, // "UUDD"
-	UDD_WIRE_VERSION = 2,
+	UDD_WIRE_VERSION = 3,
 	UDD_PAGE_SHIFT = 12,
 	UDD_PAGE_SIZE = 4096,
 
@@ -38,7 +38,9 @@ enum {
 	UDD_RUN_MAX = 64,
 	// Most pages one UDD_VISIT or UDD_SCAN answers for (one page report each).
 	UDD_REPORTS_MAX = 2016,
-	// Most pages of one UDD_COPY: the size of the copy area.
+	// Pages of the copy area: a copy of every page that one UDD_VISIT or UDD_SCAN reports has room.
+	UDD_COPY_SLOTS = 2016,
+	// Most pages of one UDD_COPY.
 	UDD_COPY_MAX = 512,
 	UDD_COPY_WORDS = 8, // of a bit mask with a bit for each
 
@@ -57,7 +59,7 @@ enum {
 	UDD_SHARED_DROPS = 204800,
 	UDD_DROP_SLOTS = 4096,     // power of two
 	UDD_SHARED_COPY = 307200,
-	UDD_SHARED_BYTES = 2404352, // UDD_SHARED_COPY + UDD_COPY_MAX * UDD_PAGE_SIZE
+	UDD_SHARED_BYTES = 8564736, // UDD_SHARED_COPY + UDD_COPY_SLOTS * UDD_PAGE_SIZE
 };
 
 enum udd_message_type {
@@ -192,10 +194,12 @@ enum udd_report_flags {
 	UDD_REPORT_MERGED = 2, // already merged: no digest
 	UDD_REPORT_ZERO = 4,   // all zero, in a huge page: see UDD_CONFIG_KEEP_HUGE
 	UDD_REPORT_SKIPS_SHIFT = 8, // the byte from here: rounds that the page will be passed over, at most UDD_SKIPS_MAX
+	UDD_REPORT_COPY_SHIFT = 16, // the 16 bits from here: which slot of the copy area has what was hashed, + 1; 0: none
 };
 
 // One page of a scan or visit. Only pages worth looking up are reported: present, mostly not zero, and (scan) unchanged since
-// the previous round. Digest: XXH3_128bits of the page, low then high half.
+// the previous round. Digest: XXH3_128bits of the page, low then high half. Its copy stays until the next request that uses the
+// copy area.
 struct udd_report {
 	uint64_t address;
 	uint64_t digest[2];

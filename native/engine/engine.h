@@ -36,7 +36,7 @@ struct udd_match {
 	uint64_t address;   // of the reported page
 	uint64_t digest[2];
 	uint32_t other;     // number of the agent with the candidate; 0: a store slot has it
-	uint32_t reserved;
+	uint32_t copy;      // slot of the copy area that has the reported page, + 1; 0: none
 	uint64_t other_address; // of the candidate
 };
 
@@ -141,17 +141,21 @@ struct udd_target {
 struct udd_fresh {
 	uint64_t address;
 	uint64_t digest[2];
+	uint32_t copy; // slot of the copy area that has it, + 1; 0: none
+	uint32_t reserved;
 };
 
 void udd_matches_sort(struct udd_match *matches, size_t count);
 // Takes out the pages of one agent's targets; both are sorted by address. Returns how many matches are left.
 size_t udd_matches_without(struct udd_match *matches, size_t count, const struct udd_target *targets, size_t target_count);
 // The next (up to UDD_COPY_MAX) pages, from *position on, whose digest no slot has yet, each digest once. Pages in stretches of
-// fewer than `least` pages are passed over. `matches` is sorted by address.
-size_t udd_plan_fresh(const struct udd_index *index, const struct udd_match *matches, size_t count, uint32_t least,
+// fewer than `least` pages are passed over. `matches` is sorted by address. With `copied`, only pages that the copy area has.
+size_t udd_plan_fresh(const struct udd_index *index, const struct udd_match *matches, size_t count, uint32_t least, int copied,
 		      size_t *position, struct udd_fresh *ret);
 // As ranges for UDD_COPY, in the same order; ret has room for `count`. Returns the number of ranges.
 size_t udd_plan_copy(const struct udd_fresh *fresh, size_t count, struct udd_range *ret);
+// Takes in the answer to that UDD_COPY (UDD_COPY_WORDS words): where the pages are in the copy area now.
+void udd_plan_copied(struct udd_fresh *fresh, size_t count, const uint64_t *valid);
 // Targets of those matches whose digest has a slot by now.
 size_t udd_plan_targets(const struct udd_index *index, uint32_t agent, const struct udd_match *matches, size_t count,
 			struct udd_target *ret);
@@ -228,11 +232,11 @@ int udd_store_add_segment(struct udd_store *store, uint32_t segment, void *base)
 int udd_store_remove_segment(struct udd_store *store, uint32_t segment);
 int udd_store_segment(const struct udd_store *store, uint32_t segment, struct udd_segment_state *ret);
 // Copies pages from a copy area into the next slots of a segment, hashes each slot, and publishes those with the expected digest.
-// Starts at fresh[*position] and stops early when the segment is full. `valid`: UDD_COPY_WORDS words, from the agent's answer. Candidates
-// with the same digest come back as targets (room for `count`); returns their number.
+// Starts at fresh[*position] and stops early when the segment is full. Candidates with the same digest come back as targets (room
+// for `count`); returns their number.
 int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t segment, const void *copy_area,
-		      const uint64_t *valid, const struct udd_fresh *fresh, size_t count, size_t *position,
-		      struct udd_target *ret_targets, struct udd_publish_counts *ret);
+		      const struct udd_fresh *fresh, size_t count, size_t *position, struct udd_target *ret_targets,
+		      struct udd_publish_counts *ret);
 // Copies live slots of one segment, from *position on, into another until that is full; the index follows.
 int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t from, uint32_t to, uint32_t *position,
 		   struct udd_move *moves);

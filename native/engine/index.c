@@ -274,7 +274,9 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 
 		if (i + PREFETCH_DISTANCE < count)
 			index_prefetch(index, &reports[i + PREFETCH_DISTANCE]);
-		if (report->address % UDD_PAGE_SIZE || report->address >> (PAGE_BITS + UDD_PAGE_SHIFT))
+		uint32_t copy = report->flags >> UDD_REPORT_COPY_SHIFT & 0xffff;
+
+		if (report->address % UDD_PAGE_SIZE || report->address >> (PAGE_BITS + UDD_PAGE_SHIFT) || copy > UDD_COPY_SLOTS)
 			return -EPROTO;
 		if (report->flags & UDD_REPORT_MERGED) {
 			ret->merged++;
@@ -303,6 +305,7 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 				.address = report->address,
 				.digest = {low, high},
 				.other = agent,
+				.copy = copy,
 				.other_address = report->address,
 			};
 		} else if (!entry->value) {
@@ -324,6 +327,7 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 				.address = report->address,
 				.digest = {low, high},
 				.other = candidate_agent(entry->value),
+				.copy = copy,
 				.other_address = candidate_address(entry->value),
 			};
 		}

@@ -68,7 +68,7 @@ static int seen_add(struct seen *seen, const uint64_t *digest, size_t next)
 	return 1;
 }
 
-size_t udd_plan_fresh(const struct udd_index *index, const struct udd_match *matches, size_t count, uint32_t least,
+size_t udd_plan_fresh(const struct udd_index *index, const struct udd_match *matches, size_t count, uint32_t least, int copied,
 		      size_t *position, struct udd_fresh *ret)
 {
 	struct seen seen = {.fresh = ret};
@@ -92,12 +92,15 @@ size_t udd_plan_fresh(const struct udd_index *index, const struct udd_match *mat
 		for (; i < end && fresh < UDD_COPY_MAX; i++) {
 			uint32_t segment, slot;
 
-			if (udd_index_find_shared(index, matches[i].digest, &segment, &slot) ||
+			if ((copied && !matches[i].copy) ||
+			    udd_index_find_shared(index, matches[i].digest, &segment, &slot) ||
 			    !seen_add(&seen, matches[i].digest, fresh))
 				continue;
-			ret[fresh].address = matches[i].address;
-			memcpy(ret[fresh].digest, matches[i].digest, sizeof(ret[fresh].digest));
-			fresh++;
+			ret[fresh++] = (struct udd_fresh){
+				.address = matches[i].address,
+				.digest = {matches[i].digest[0], matches[i].digest[1]},
+				.copy = copied ? matches[i].copy : 0,
+			};
 		}
 		*position = i;
 	}
@@ -115,6 +118,12 @@ size_t udd_plan_copy(const struct udd_fresh *fresh, size_t count, struct udd_ran
 			ret[ranges++] = (struct udd_range){.address = fresh[i].address, .pages = 1};
 	}
 	return ranges;
+}
+
+void udd_plan_copied(struct udd_fresh *fresh, size_t count, const uint64_t *valid)
+{
+	for (size_t i = 0; i < count; i++)
+		fresh[i].copy = valid[i / 64] >> i % 64 & 1 ? i + 1 : 0;
 }
 
 size_t udd_plan_targets(const struct udd_index *index, uint32_t agent, const struct udd_match *matches, size_t count,

@@ -209,7 +209,7 @@ class FakeAgent:
         return 0, 0, 0, b""
 
     def report(self, address: int, flags: int) -> bytes:
-        """struct udd_report."""
+        """struct udd_report, without a copy."""
         if address in self.placed:
             return struct.pack("<QQQQ", address, 0, 0, lib.UDD_REPORT_MERGED | flags)
         if self.memory[address] == bytes(PAGE):

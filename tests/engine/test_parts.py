@@ -65,13 +65,15 @@ def test_layout_of_the_shared_area() -> None:
         (lib.UDD_SHARED_STATS, ffi.sizeof("struct udd_stats")),
         (lib.UDD_SHARED_HINTS, ffi.sizeof("struct udd_hint_ring")),
         (lib.UDD_SHARED_DROPS, ffi.sizeof("struct udd_drop_ring")),
-        (lib.UDD_SHARED_COPY, lib.UDD_COPY_MAX * PAGE),
+        (lib.UDD_SHARED_COPY, lib.UDD_COPY_SLOTS * PAGE),
     ]
     ends = [start + size for start, size in parts]
     starts = [start for start, _ in parts[1:]] + [SHARED_BYTES]
     assert all(end <= start for end, start in zip(ends, starts, strict=True))
     assert all(start % PAGE == 0 for start, _ in parts)
     assert HEADER.size == ffi.sizeof("struct udd_header")
+    # One copy for each report of an answer, and those of one UDD_COPY.
+    assert max(lib.UDD_REPORTS_MAX, lib.UDD_COPY_MAX) <= lib.UDD_COPY_SLOTS
 
 
 def test_long_reasons_are_cut() -> None:

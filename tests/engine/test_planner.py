@@ -133,7 +133,7 @@ def test_fresh_pages(pages: dict[int, int], shared: set[int], least: int) -> Non
             expected.append(page)
 
     planned: list[int] = []
-    for fresh in planner.fresh_batches(index, matches_from(pages, shared), least):
+    for fresh in planner.fresh_batches(index, matches_from(pages, shared), least, copied=False):
         assert 1 <= fresh.count <= lib.UDD_COPY_MAX
         ranges, range_count = fresh.copy_ranges()
         batch = [fresh.array[i].address // PAGE for i in range(fresh.count)]
@@ -149,11 +149,28 @@ def test_fresh_batches_are_cut_at_the_copy_area() -> None:
     index = Index()
     matches = matches_from({page: page + 1 for page in range(2 * lib.UDD_COPY_MAX + 44)}, set())
     sizes = []
-    for fresh in planner.fresh_batches(index, matches, 4):
+    for fresh in planner.fresh_batches(index, matches, 4, copied=False):
         sizes.append(fresh.count)
         for i in range(fresh.count):
             lib.udd_index_publish(index.handle, fresh.array[i].digest, 1, i)
     assert sizes == [lib.UDD_COPY_MAX, lib.UDD_COPY_MAX, 44]
+
+
+def test_fresh_pages_whose_copies_came_with_their_reports() -> None:
+    """Those without wait for the second turn, which asks for copies of what has no slot by then."""
+    index = Index()
+    matches = matches_from({page: page + 1 for page in range(30)}, set())
+    for page in range(0, 30, 3):
+        matches.array[page].copy = 100 + page
+    (first,) = planner.fresh_batches(index, matches, 4, copied=True)
+    assert [first.array[i].copy for i in range(first.count)] == list(range(100, 130, 3))
+    for i in range(first.count):
+        lib.udd_index_publish(index.handle, first.array[i].digest, 1, i)
+    (second,) = planner.fresh_batches(index, matches, 4, copied=False)
+    assert [second.array[i].address // PAGE for i in range(second.count)] == [n for n in range(30) if n % 3]
+    assert not any(second.array[i].copy for i in range(second.count))
+    second.copied([0b101, *[0] * (lib.UDD_COPY_WORDS - 1)])
+    assert [second.array[i].copy for i in range(4)] == [1, 0, 3, 0]
 
 
 @pytest.mark.parametrize("published", [True, False])

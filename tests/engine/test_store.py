@@ -4,19 +4,20 @@ import fcntl
 import mmap
 import os
 import random
+import resource
 from pathlib import Path
 
 import pytest
 import xxhash
 from engine.fake_agent import page
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from udedup._native import ffi, lib
 from udedup.engine.index import Index
 from udedup.engine.store import F_SEAL_FUTURE_WRITE, SegmentNumbers, Store
-from udedup.engine.wire import AgentError, check
+from udedup.engine.wire import SEGMENT_SLOTS, AgentError, check
 
 PAGE = 4096
 EPROTO = 71
@@ -37,13 +38,26 @@ class Filled:
             self.publish([page(n) for n in range(start, min(start + lib.UDD_COPY_MAX, pages + 1))])
 
     def publish(
-        self, contents: list[bytes], *, valid: int = 2**512 - 1, promised: list[bytes] | None = None
+        self,
+        contents: list[bytes],
+        *,
+        valid: int = 2**512 - 1,
+        promised: list[bytes] | None = None,
+        places: list[int] | None = None,
     ) -> tuple[int, int, int]:
-        """Written, invalid, mismatch."""
-        area = bytearray(b"".join(contents))
+        """Written, invalid, mismatch. ``places``: where in the copy area each page is, instead of in order."""
+        places = places or list(range(len(contents)))
+        area = bytearray((max(places) + 1) * PAGE)
+        for place, content in zip(places, contents, strict=True):
+            area[place * PAGE : (place + 1) * PAGE] = content
         fresh = ffi.new("struct udd_fresh[]", len(contents))
         for i, content in enumerate(promised or contents):
             fresh[i].digest = digest_of(content)
+        lib.udd_plan_copied(
+            fresh, len(contents), [valid >> 64 * word & (2**64 - 1) for word in range(lib.UDD_COPY_WORDS)]
+        )
+        for i, place in enumerate(places):
+            fresh[i].copy = place + 1 if fresh[i].copy else 0
         position, counts = ffi.new("size_t *"), ffi.new("struct udd_publish_counts *")
         targets = ffi.new("struct udd_target[]", len(contents))
         while position[0] < len(contents):
@@ -53,7 +67,6 @@ class Filled:
                     self.index.handle,
                     self.store.writable().number,
                     ffi.from_buffer(area),
-                    [valid >> 64 * word & (2**64 - 1) for word in range(lib.UDD_COPY_WORDS)],
                     fresh,
                     len(contents),
                     position,
@@ -316,3 +329,51 @@ def test_check_tells_lies_from_failures() -> None:
         check(-EPROTO, "a thing")
     with pytest.raises(OSError, match="a thing"):
         check(-12, "a thing")
+
+
+@given(
+    places=st.permutations(range(24)),
+    wrong=st.sets(st.integers(0, 23)),
+    missing=st.sets(st.integers(0, 23)),
+    known=st.sets(st.integers(0, 23)),
+    before=st.sampled_from([0, 1, 7, SEGMENT_SLOTS - 9]),
+)
+def test_slots_hold_what_was_promised(
+    places: list[int], wrong: set[int], missing: set[int], known: set[int], before: int
+) -> None:
+    """Wherever copies lie, and whichever of them are wrong, missing or known already: what is published is right."""
+    filled = Filled()
+    for start in range(0, before, lib.UDD_COPY_MAX):
+        filled.publish([page(10_000 + n) for n in range(start, min(before, start + lib.UDD_COPY_MAX))])
+    if known:
+        filled.publish([page(n) for n in sorted(known)])
+    contents = [page(5_000 + n if n in wrong else n) for n in range(24)]
+    promised = [page(n) for n in range(24)]
+    valid = sum(1 << n for n in range(24) if n not in missing)
+    written, invalid, mismatch = filled.publish(contents, valid=valid, promised=promised, places=places)
+    good = set(range(24)) - wrong - missing
+    assert written == len(good - known)
+    assert invalid == len(missing)
+    assert mismatch == len(wrong - missing - known)
+    for n in range(24):
+        place = filled.place(page(n))
+        assert (place is not None) == (n in good | known)
+        assert place is None or filled.content(place) == page(n)
+        assert filled.place(page(5_000 + n)) is None
+    filled.store.close()
+
+
+@pytest.mark.parametrize("userfaultfd", [True, False])
+def test_with_and_without_userfaultfd(userfaultfd: bool) -> None:
+    """Where there are no descriptors left for it, slots are filled all the same."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not userfaultfd:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        store = Store(SegmentNumbers())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    filled = Filled()
+    filled.store = store
+    filled.publish([page(n) for n in range(300)])
+    assert all(filled.content((1, n)) == page(n) for n in range(300))

@@ -437,22 +437,29 @@ class Agent:
         """Gives those matches a slot that have none, and has the others they match merged with it too."""
         others = ffi.new("struct udd_target[]", matches.count)
         other_count = 0
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run):
-            other_count += await self._publish(fresh, others + other_count)
+        # First what the copy area still has from the look at the pages: copying the others overwrites it.
+        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=True):
+            other_count += self._store(fresh, others + other_count)
+        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=False):
+            if await self._copy(fresh):
+                other_count += self._store(fresh, others + other_count)
         for targets in planner.by_agent(others, other_count):
             self._others.offer_merge(targets)
 
-    async def _publish(self, fresh: Fresh, ret_targets: CData) -> int:
-        """Copies pages into store slots; returns how many older candidates were found for them (struct udd_target)."""
+    async def _copy(self, fresh: Fresh) -> bool:
+        """Has pages copied to the copy area; False if the agent can't."""
         ranges, range_count = fresh.copy_ranges()
         payload = bytes(ffi.buffer(ranges, range_count * RANGE_BYTES))
         answer = await self._link.request(lib.UDD_COPY, payload, count=range_count)
-        if answer.status < 0:
-            self._drain()
-            return 0
-        if len(answer.packet) != COPIED_BYTES:
+        if answer.status == 0 and len(answer.packet) != COPIED_BYTES:
             raise AgentError(f"its answer to a copy has {len(answer.packet)} bytes")
-        valid = _items(answer.packet, "struct udd_copied *", 0).valid
+        self._drain()
+        if answer.status == 0:
+            fresh.copied(_items(answer.packet, "struct udd_copied *", 0).valid)
+        return answer.status == 0
+
+    def _store(self, fresh: Fresh, ret_targets: CData) -> int:
+        """Publishes copied pages; returns how many older candidates were found for them (struct udd_target)."""
         store = self.domain.store
         position = ffi.new("size_t *")
         counts = ffi.new("struct udd_publish_counts *")
@@ -469,7 +476,6 @@ class Agent:
                     self.domain.index.handle,
                     segment.number,
                     self.area.copies,
-                    valid,
                     fresh.array,
                     fresh.count,
                     position,
@@ -480,7 +486,6 @@ class Agent:
             )
         self._counters.copies_invalid += counts.invalid
         self._counters.copies_mismatch += counts.mismatch
-        self._drain()
         return targets
 
     # ---- merging ----

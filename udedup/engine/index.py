@@ -49,7 +49,7 @@ class Index:
         matches = ffi.new("struct udd_match[]", count)
         counts = ffi.new("struct udd_lookup_counts *")
         found = lib.udd_index_lookup(self.handle, agent, reports, count, share_alone, matches, counts)
-        check(found, "an address it reported")
+        check(found, "an address it reported, or where it says its copy is,")
         lib.udd_matches_sort(matches, found)
         return Matches(matches, found)
 

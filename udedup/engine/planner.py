@@ -42,16 +42,21 @@ class Fresh:
         ranges = ffi.new("struct udd_range[]", self.count)
         return ranges, lib.udd_plan_copy(self.array, self.count, ranges)
 
+    def copied(self, valid: CData) -> None:
+        """Takes in the answer to that: a bit for each page, uint64_t[UDD_COPY_WORDS]."""
+        lib.udd_plan_copied(self.array, self.count, valid)
 
-def fresh_batches(index: Index, matches: Matches, least: int) -> Iterator[Fresh]:
+
+def fresh_batches(index: Index, matches: Matches, least: int, *, copied: bool) -> Iterator[Fresh]:
     """Matched pages without a slot yet, each digest once, COPY_MAX at a time; decided anew for each batch.
 
-    Pages adjacent in memory follow each other, so slots given in this order are adjacent too.
+    Pages adjacent in memory follow each other, so slots given in this order are adjacent too. ``copied``: only pages
+    whose copy came with their report.
     """
     position = ffi.new("size_t *")
     while True:
         array = ffi.new("struct udd_fresh[]", COPY_MAX)
-        count = lib.udd_plan_fresh(index.handle, matches.array, matches.count, least, position, array)
+        count = lib.udd_plan_fresh(index.handle, matches.array, matches.count, least, copied, position, array)
         if count == 0:
             return
         yield Fresh(array, count)
