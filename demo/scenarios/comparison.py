@@ -150,9 +150,7 @@ class Theatre:
             if side is Side.OURS:
                 engine = stack.enter_context(services.engine(own, self._images, self._engine_options()))
             elif side is Side.KSM:
-                pages_to_scan = self._settings.ksm_pages_to_scan or self._settings.pages_to_scan
-                rate = {"pages_to_scan": pages_to_scan, "sleep_millisecs": self._settings.sleep_millisecs}
-                stack.enter_context(ksm(rate))
+                stack.enter_context(ksm(asdict(self._settings.ksm_rate or self._settings.rate)))
             stage = Stage(side=side, settings=self._settings, folder=own, engine=engine)
             seconds = trio.run(self._play, stage, file)
         self._console.print(f"  work done in {seconds:.1f} s")
@@ -188,12 +186,13 @@ class Theatre:
                 )
 
     def _about(self) -> dict[str, str]:
-        return {name: str(value) for name, value in asdict(self._settings).items()}
+        return {name: str(value) for name, value in asdict(self._settings, recurse=False).items()}
 
     def _engine_options(self) -> list[str]:
         settings = self._settings
         options = ["--policy", settings.policy, "--hint-ratio", settings.hint_ratio]
-        options += ["--pages-to-scan", str(settings.pages_to_scan), "--sleep-millisecs", str(settings.sleep_millisecs)]
+        rate = settings.rate
+        options += ["--pages-to-scan", str(rate.pages_to_scan), "--sleep-millisecs", str(rate.sleep_millisecs)]
         if settings.hint_slots:
             options += ["--hint-slots", str(settings.hint_slots)]
         return options

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from demo.scenarios import SCENARIOS
 from demo.scenarios.comparison import Comparison, Played, Theatre, medians
-from demo.scenarios.settings import Settings, Side
+from demo.scenarios.settings import Rate, Settings, Side
 from udedup.commands.options import count
 from udedup.errors import UdedupError
 from udedup.record.kernel import why_no_ksm
@@ -22,6 +22,14 @@ from udedup.record.page import write_html
 from udedup.record.plots import write_png
 
 CACHE = Path(__file__).parents[1] / ".cache"
+
+
+def rate(text: str) -> Rate:
+    """Parses ``PAGES/MS``."""
+    pages, slash, millisecs = text.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(f"{text!r} is no PAGES/MS, such as {Settings().rate}")
+    return Rate(count(1)(pages), count(0)(millisecs))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,20 +41,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repeat", type=count(1), default=1, metavar="N", help="play so often, and take medians")
     group.add_argument("--policy", default=defaults.policy, help="udedup's (default: %(default)s)")
     group.add_argument(
-        "--pages-to-scan",
-        type=count(1),
-        default=defaults.pages_to_scan,
-        metavar="N",
-        help="between two sleeps, udedup's and KSM's (default: %(default)s)",
+        "--rate",
+        type=rate,
+        default=defaults.rate,
+        metavar="PAGES/MS",
+        help="pages_to_scan and sleep_millisecs, udedup's and KSM's (default: %(default)s)",
     )
-    group.add_argument(
-        "--sleep-millisecs",
-        type=count(0),
-        default=defaults.sleep_millisecs,
-        metavar="N",
-        help="udedup's and KSM's (default: %(default)s)",
-    )
-    group.add_argument("--ksm-pages-to-scan", type=count(1), metavar="N", help="KSM's, if not the same")
+    group.add_argument("--ksm-rate", type=rate, metavar="PAGES/MS", help="KSM's, if not the same")
     group.add_argument("--hint-ratio", default=defaults.hint_ratio, metavar="H:S", help="(default: %(default)s)")
     group.add_argument("--hint-slots", type=count(1), metavar="N", help="(default: the engine's)")
     group.add_argument("--guests", type=count(1), metavar="N", help="(default: the scenario's)")
@@ -68,9 +69,8 @@ def play(args: argparse.Namespace, console: Console) -> int:
     """Plays the scenario that the command line names."""
     settings = Settings(
         policy=args.policy,
-        pages_to_scan=args.pages_to_scan,
-        sleep_millisecs=args.sleep_millisecs,
-        ksm_pages_to_scan=args.ksm_pages_to_scan,
+        rate=args.rate,
+        ksm_rate=args.ksm_rate,
         hint_ratio=args.hint_ratio,
         hint_slots=args.hint_slots,
         memory_mib=args.memory,

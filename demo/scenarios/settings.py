@@ -19,20 +19,31 @@ class Side(Enum):
 
 
 @frozen
+class Rate:
+    """Of scanning, in KSM's terms."""
+
+    pages_to_scan: int
+    """Per spurt."""
+
+    sleep_millisecs: int
+    """Between spurts; 0: as fast as it goes."""
+
+    def __str__(self) -> str:
+        return f"{self.pages_to_scan}/{self.sleep_millisecs}"
+
+
+@frozen
 class Settings:
     """The same for all sides, as far as it concerns them. Units as in `udedup engine --help`."""
 
     policy: str = "xlh"
     """How udedup chooses pages."""
 
-    pages_to_scan: int = 100
-    """Per spurt, udedup's and KSM's: KSM's default, and the paper's rate."""
+    rate: Rate = Rate(100, 20)
+    """udedup's and KSM's: KSM's default, and the paper's rate."""
 
-    sleep_millisecs: int = 20
-    """Between spurts, udedup's and KSM's."""
-
-    ksm_pages_to_scan: int | None = None
-    """KSM's, where it is not to have the same; None: ``pages_to_scan``."""
+    ksm_rate: Rate | None = None
+    """KSM's, where it is not to have the same; None: ``rate``."""
 
     hint_ratio: str = "1:1"
     """Spurts for hints to spurts for the linear scan."""

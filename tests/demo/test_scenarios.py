@@ -43,7 +43,7 @@ def test_boot_beside_ksm(tmp_path: Path) -> None:
     switches = ("run", "pages_to_scan", "sleep_millisecs")
     before = {name: (KSM / name).read_text() for name in switches}
     done = run(
-        *("boot", "--guests", "2", "--stagger", "2", "--memory", "192", "--pages-to-scan", "1000"),
+        *("boot", "--guests", "2", "--stagger", "2", "--memory", "192", "--rate", "1000/20"),
         *("--json", tmp_path / "boot.json", "--plot", tmp_path / "boot.html", "--record", kept),
         temporary=temporary,
     )
@@ -54,7 +54,7 @@ def test_boot_beside_ksm(tmp_path: Path) -> None:
 
     result: dict[str, Any] = json.loads((tmp_path / "boot.json").read_text())
     assert result["scenario"] == "boot"
-    assert result["settings"]["pages_to_scan"] == 1000
+    assert result["settings"]["rate"] == {"pages_to_scan": 1000, "sleep_millisecs": 20}
     assert tuple(result["ratios"]) == RATIOS
     assert all(value is not None for value in result["ratios"].values()), result["ratios"]
     ours, ksm = result["ours"], result["ksm"]
