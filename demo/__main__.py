@@ -1,6 +1,7 @@
 """``demo/run``: the main job, or by its name a scenario of the paper."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     add_options(parser)
     args = parser.parse_args()
+    # Whoever ends us wants guests, engine and mount gone, too: trio takes everything down for SIGINT only.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     status = 1
     try:
         status = play(args, Console()) if args.scenario else main_job.play(Console(), args.json)
@@ -33,6 +36,8 @@ def main() -> int:
         # Those of tasks that ran beside each other come together.
         for error in _leaves(group):
             print(f"demo/run: {error}", file=sys.stderr)
+    except* KeyboardInterrupt:
+        print("demo/run: interrupted", file=sys.stderr)
     return status
 
 

@@ -1,9 +1,11 @@
 """A scenario from its start to its JSON, its picture and its files, with KSM beside it."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,30 @@ RATIOS = ("merged", "time_to_90", "lead_fraction", "visits_per_merge", "scanner_
 needs_machine = pytest.mark.require("userfaultfd-move", "fuse", "root", "qemu")
 
 
-def run(*argv: str | Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
-    """``demo/run`` to its end."""
-    return subprocess.run(
+def start(*argv: str | Path, temporary: Path) -> "subprocess.Popen[str]":
+    """``demo/run``."""
+    return subprocess.Popen(
         [sys.executable, "-m", "demo", *map(str, argv)],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(temporary)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
-        check=False,
     )
+
+
+def run(*argv: str | Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
+    """``demo/run`` to its end."""
+    with start(*argv, temporary=temporary) as process:
+        output, errors = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def command_lines() -> Iterator[bytes]:
+    """Of all processes."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            yield file.read_bytes()
 
 
 @needs_machine
@@ -70,6 +85,24 @@ def test_boot_beside_ksm(tmp_path: Path) -> None:
     assert "<svg" in page
     again = Recording.read(kept / "boot-1-ours.parquet").totals()
     assert (again.merges, again.visits) == (ours["merges"], ours["visits"])
+
+
+@needs_machine
+def test_terminated(tmp_path: Path) -> None:
+    """Guests, engine and mount go with it, in the middle of a run."""
+    with start("boot", "--no-bare", "--against", "none", temporary=tmp_path) as process:
+        assert process.stdout is not None
+        while "sharing" not in process.stdout.readline():
+            assert process.poll() is None
+        guests = list(tmp_path.glob("*/boot-1/ours/*.console"))
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert guests
+    assert process.returncode == 1
+    assert errors.endswith("demo/run: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+    assert not any(place.is_relative_to(tmp_path) for place in mounted())
+    assert not any(str(tmp_path).encode() in command for command in command_lines())
 
 
 def test_unknown_kind_of_plot(tmp_path: Path) -> None:
