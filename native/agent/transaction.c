@@ -312,6 +312,7 @@ static int find_broken(struct udd_span span)
 
 		if ((entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)) && !(entries[i] & PAGEMAP_FILE)) {
 			udd_broke_in_place(page);
+			udd_count_breaks(1, 0);
 			udd_uffd_protect(page, false);
 		}
 	}
@@ -369,6 +370,15 @@ bool udd_arm_runs(void)
 	}
 }
 
+// The first pages of a run inside `span`, as many as are treated at a time.
+static struct udd_span start_of(const struct udd_run_entry *run, struct udd_span span)
+{
+	struct udd_span ret = udd_span_clip(udd_run_span(run), span);
+
+	ret.end = udd_min(ret.end, ret.start + udd_bytes(UDD_RUN_MAX));
+	return ret;
+}
+
 uint64_t udd_unmerge(struct udd_span span)
 {
 	uint64_t before = udd_live()->stats->pages_merged;
@@ -382,16 +392,18 @@ uint64_t udd_unmerge(struct udd_span span)
 
 		udd_worker_lock_patiently(&started);
 		run = udd_runs_first(runs, span);
+		if (run && !run->armed && !run->broken) {
+			// Arming finds out what broke meanwhile, which are runs of their own then.
+			piece = start_of(run, span);
+			udd_runs_split(runs, piece);
+			arm(piece);
+			run = udd_runs_first(runs, span);
+		}
 		if (!run) {
 			udd_worker_unlock(started);
 			break;
 		}
-		piece.start = udd_max(span.start, run->address);
-		piece.end = udd_min(udd_min(span.end, piece.start + udd_bytes(UDD_RUN_MAX)), udd_run_span(run).end);
-		if (!run->armed && !run->broken) {
-			udd_runs_split(runs, piece);
-			arm(piece);
-		}
+		piece = start_of(run, span);
 		ret = still_merged(piece) ? udd_dissolve(piece, 0) : 0;
 		udd_uffd_wake(piece);
 		udd_worker_unlock(started);
