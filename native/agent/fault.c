@@ -107,6 +107,9 @@ static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 		stream = live->breaking_next++ % (sizeof(live->breaking) / sizeof(live->breaking[0]));
 	pages = udd_min(pages, WIDEN_MOST);
 	span = udd_dissolvable(run, (struct udd_span){page, page + udd_bytes(pages)});
+	// The page that faulted is surely what the table says.
+	if (udd_pages(span.end - span.start) > 1)
+		span.end = udd_max(page + UDD_PAGE_SIZE, udd_still_merged(span).end);
 	live->breaking[stream].next = span.end;
 	live->breaking[stream].pages = pages;
 	return span;

@@ -283,20 +283,30 @@ static int read_pagemap(struct udd_span span, uint64_t *ret)
 	return udd_failed(got) ? (int)got : -EIO;
 }
 
-// Are these pages really what the table says, the store's and protected? Whoever unmaps past the hooks leaves a table that
-// lies; the kernel's page table doesn't. The worker asks before it replaces merged pages.
-static bool still_merged(struct udd_span span)
+struct udd_span udd_still_merged(struct udd_span span)
 {
 	const uint64_t wanted = PAGEMAP_PROTECTED | PAGEMAP_FILE | PAGEMAP_PRESENT;
+	struct udd_span ret = {span.start, span.start};
 	uint64_t entries[UDD_RUN_MAX];
 
-	if (read_pagemap(span, entries))
-		return false;
-	for (uint64_t i = 0; i < udd_pages(span.end - span.start); i++) {
-		if ((entries[i] & wanted) != wanted)
-			return false;
+	while (ret.end < span.end) {
+		struct udd_span next = {ret.end, udd_min(span.end, ret.end + udd_bytes(UDD_RUN_MAX))};
+
+		if (read_pagemap(next, entries))
+			return ret;
+		for (uint64_t i = 0; i < udd_pages(next.end - next.start); i++) {
+			if ((entries[i] & wanted) != wanted)
+				return ret;
+			ret.end += UDD_PAGE_SIZE;
+		}
 	}
-	return true;
+	return ret;
+}
+
+// All of them?
+static bool still_merged(struct udd_span span)
+{
+	return udd_still_merged(span).end == span.end;
 }
 
 // Pages of `span` that are private copies already broke before they were write-protected.

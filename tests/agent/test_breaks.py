@@ -11,7 +11,7 @@ SKIPPED = 77
 """Status of a case that this machine can't run."""
 
 STORMS = ("counted", "discarded", "forked", "moved", "executable", "pinned", "written-by-threads")
-IN_ORDER = ("scattered-in-the-store", "unlike-neighbours")
+IN_ORDER = ("scattered-in-the-store", "unlike-neighbours", "replaced-past-the-hooks")
 
 pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
 

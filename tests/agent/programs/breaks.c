@@ -328,6 +328,32 @@ static void unlike_neighbours(void)
 	check(is_zero(at + 400 * PAGE, 1));
 }
 
+// The agent does not learn of what is mapped by a raw system call where merged pages were.
+static void replaced_past_the_hooks(void)
+{
+	enum { FIRST = 20, COUNT = 300 };
+	char *at = merged(PAGES, 1, WHOLE, NULL);
+	register long flags __asm__("r10") = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+	register long fd __asm__("r8") = -1;
+	register long offset __asm__("r9") = 0;
+	size_t numbers[PAGES];
+	long ret;
+
+	for (size_t page = 0; page < PAGES; page++)
+		numbers[page] = page;
+	__asm__ volatile("syscall"
+			 : "=a"(ret)
+			 : "a"(SYS_mmap), "D"(at + FIRST * PAGE), "S"(COUNT * PAGE), "d"(PROT_READ | PROT_WRITE), "r"(flags), "r"(fd),
+			   "r"(offset)
+			 : "rcx", "r11", "memory");
+	check(ret == (long)(at + FIRST * PAGE));
+	fill(at + FIRST * PAGE, COUNT, 3, WHOLE, 0);
+	overwrite(at, 0, FIRST, numbers);
+	check(intact(at + FIRST * PAGE, COUNT, 3, WHOLE, 0));
+	overwrite(at, FIRST + COUNT, PAGES, numbers);
+	check(intact(at + FIRST * PAGE, COUNT, 3, WHOLE, 0));
+}
+
 static const struct test_case cases[] = {
 	{"counted", counted},
 	{"discarded", discarded},
@@ -338,6 +364,7 @@ static const struct test_case cases[] = {
 	{"written-by-threads", written_by_threads},
 	{"scattered-in-the-store", scattered_in_the_store},
 	{"unlike-neighbours", unlike_neighbours},
+	{"replaced-past-the-hooks", replaced_past_the_hooks},
 };
 
 int main(int argc, char **argv)
