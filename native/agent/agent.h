@@ -150,6 +150,7 @@ enum udd_test_counter {
 	UDD_TEST_UNMAPPED,
 	UDD_TEST_TRANSACTIONS,
 	UDD_TEST_FOREIGN,
+	UDD_TEST_OPENED,
 };
 
 static inline void udd_test_count(enum udd_test_counter counter, uint64_t n)

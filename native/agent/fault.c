@@ -190,6 +190,7 @@ static void open_block(uint64_t page, uint64_t now)
 			continue;
 		// First, whatever becomes of the call: what the table takes for armed may be replaced by a copy of the store's.
 		run->armed = 0;
+		udd_test_count(UDD_TEST_OPENED, run->pages);
 		if (udd_uffd_protect(udd_run_span(run), false))
 			return;
 	}
