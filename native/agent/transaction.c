@@ -28,8 +28,9 @@
 // thread ever sees the address without its content. MREMAP_DONTUNMAP leaves our side mapped, and the offset within our
 // area follows the address, so that neighbouring dissolved pages become one mapping again.
 //
-// What broke without us (the kernel's own copy-on-write in a fork child, before its agent is up) stays where it is, marked
-// `broken` in the table: such a page may be pinned by a device, so it must never be copied elsewhere.
+// What broke without us (the kernel's own copy-on-write in a fork child, before its agent is up, or where a storm of writes is
+// left to it) stays where it is, marked `broken` in the table: such a page may be pinned by a device, so it must never be
+// copied elsewhere.
 
 #include "transaction.h"
 
