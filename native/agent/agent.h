@@ -24,6 +24,7 @@ enum {
 	UDD_FD_SLOTS = 1024,
 	UDD_STALE_SLOTS = 512,
 	UDD_STAGING_PAGES = 512,
+	UDD_BLOCK_SLOTS = 256,
 	UDD_PATH_MAX = 108,
 };
 
@@ -82,6 +83,13 @@ struct udd_live {
 	uint32_t mapped;      // memory was mapped where there was none, since the layout was read
 	uint64_t dissolves;           // breaks that may still dissolve a lone page, see fault.c
 	uint64_t dissolves_at;        // ns: when that was last added to
+	struct {
+		uint64_t number;       // its pages' number / BLOCK_PAGES
+		uint64_t breaks;       // lone ones
+		uint64_t at;           // ns: the last
+	} blocks[UDD_BLOCK_SLOTS];     // where lone breaks were lately, see fault.c
+	uint32_t opened;               // blocks that the kernel breaks by itself for the time being
+	uint64_t opened_at;            // ns: when the first of them was
 	// Address ranges whose mapping or attributes changed since the layout was read. Appended under the map lock held
 	// shared, emptied under it held exclusively.
 	uint32_t stale_count;
@@ -142,6 +150,7 @@ enum udd_test_counter {
 	UDD_TEST_UNMAPPED,
 	UDD_TEST_TRANSACTIONS,
 	UDD_TEST_FOREIGN,
+	UDD_TEST_OPENED,
 };
 
 static inline void udd_test_count(enum udd_test_counter counter, uint64_t n)

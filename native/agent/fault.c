@@ -21,6 +21,11 @@ enum {
 	WIDEN_FIRST = 8,            // pages of its second break
 	DISSOLVE_NS = 2000000,      // one lone page may dissolve every so often
 	DISSOLVES_MAX = 64,         // that many at once
+	BLOCK_PAGES = 64,           // what is opened to a storm of lone writes at a time, aligned
+	OPEN_FROM = 2,              // lone breaks in a block that are a storm
+	BLOCK_NS = 1000000000,      // within this time
+	OPEN_MOST = 256,            // blocks opened before all are closed again
+	OPEN_MS = 500,              // for how long
 	EXCLUSIVE_NS = 200000,      // how long to wait for the lock before serving faults with a shared one
 };
 
@@ -83,7 +88,8 @@ void udd_fault_release(void)
 		udd_uffd_wake(page_at(aside[--aside_count]));
 }
 
-// How far to break from `page` on: a writer that goes on where it broke last gets more each time.
+// How far to break from `page` on: a writer that goes on where it broke last gets more each time. Empty if this page can't
+// be dissolved.
 static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 {
 	struct udd_live *live = udd_live();
@@ -100,7 +106,10 @@ static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 	if (pages == 1)
 		stream = live->breaking_next++ % (sizeof(live->breaking) / sizeof(live->breaking[0]));
 	pages = udd_min(pages, WIDEN_MOST);
-	span = udd_span_clip((struct udd_span){page, page + udd_bytes(pages)}, udd_run_span(run));
+	span = udd_dissolvable(run, (struct udd_span){page, page + udd_bytes(pages)});
+	// The page that faulted is surely what the table says.
+	if (udd_pages(span.end - span.start) > 1)
+		span.end = udd_max(page + UDD_PAGE_SIZE, udd_still_merged(span).end);
 	live->breaking[stream].next = span.end;
 	live->breaking[stream].pages = pages;
 	return span;
@@ -108,11 +117,7 @@ static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 
 static void count_break(struct udd_span span)
 {
-	struct udd_stats *stats = udd_live()->stats;
-
-	__atomic_add_fetch(&stats->break_events, 1, __ATOMIC_RELAXED);
-	__atomic_add_fetch(&stats->break_pages, udd_pages(span.end - span.start), __ATOMIC_RELAXED);
-	udd_test_count(UDD_TEST_BROKEN, udd_pages(span.end - span.start));
+	udd_count_breaks(udd_pages(span.end - span.start), 1);
 	udd_hold_off(span);
 }
 
@@ -137,18 +142,13 @@ static int break_in_place(uint64_t page, bool exclusive)
 	return SERVED;
 }
 
-// May this break dissolve its pages? Breaking in place takes half the time, but such a page can never be merged again:
+// May a lone break dissolve its page? Breaking in place takes half the time, but such a page can never be merged again:
 // nothing tells whether a device has pinned it. So every break dissolves, up to a rate that costs a process less than one
 // percent of a CPU; in a storm of lone writes the rest break in place.
-static bool may_dissolve(struct udd_span span)
+static bool may_dissolve_lone(uint64_t now)
 {
 	struct udd_live *live = udd_live();
-	uint64_t now;
 
-	// Several pages share the cost.
-	if (udd_pages(span.end - span.start) > 1)
-		return true;
-	now = udd_now();
 	if (now - live->dissolves_at > DISSOLVE_NS) {
 		live->dissolves = udd_min(DISSOLVES_MAX, live->dissolves + (now - live->dissolves_at) / DISSOLVE_NS);
 		live->dissolves_at = now;
@@ -159,24 +159,89 @@ static bool may_dissolve(struct udd_span span)
 	return true;
 }
 
+// Notes a lone break. Was it one of several in its block?
+static bool block_storm(uint64_t page, uint64_t now)
+{
+	uint64_t number = udd_pages(page) / BLOCK_PAGES;
+	__typeof__(udd_live()->blocks[0]) *block = &udd_live()->blocks[number % UDD_BLOCK_SLOTS];
+
+	if (block->number != number || now - block->at > BLOCK_NS) {
+		block->number = number;
+		block->breaks = 0;
+	}
+	block->at = now;
+	return ++block->breaks >= OPEN_FROM;
+}
+
+// Leaves the merged pages around `page` to the kernel's own copy-on-write, which costs a fraction of a fault that we serve.
+// They stay merged until written to; the worker protects them again before long, and enters in the table what broke.
+static void open_block(uint64_t page, uint64_t now)
+{
+	struct udd_live *live = udd_live();
+	uint64_t start = page - page % udd_bytes(BLOCK_PAGES);
+	struct udd_span block = {start, start + udd_bytes(BLOCK_PAGES)};
+
+	if (live->opened == OPEN_MOST)
+		return;
+	if (!live->opened++)
+		live->opened_at = now;
+	for (struct udd_run_entry *run = udd_first_run(block); run; run = udd_runs_next_in(run, block)) {
+		if (run->broken || !run->armed)
+			continue;
+		// First, whatever becomes of the call: what the table takes for armed may be replaced by a copy of the store's.
+		run->armed = 0;
+		udd_test_count(UDD_TEST_OPENED, run->pages);
+		if (udd_uffd_protect(udd_run_span(run), false))
+			return;
+	}
+}
+
+// Has the worker protect again what was opened, when its time is up. Returns how long that is, in ms; -1: nothing is open.
+static long close_blocks(void)
+{
+	struct udd_live *live = udd_live();
+	uint64_t open_ms;
+
+	if (!live->opened)
+		return -1;
+	open_ms = (udd_now() - live->opened_at) / 1000000;
+	if (open_ms < OPEN_MS)
+		return OPEN_MS - (long)open_ms;
+	live->opened = 0;
+	udd_ring(UDD_BELL_ARM);
+	return -1;
+}
+
 // A write to a merged page. With the lock held exclusively the page leaves the store's mapping.
 static int serve_write(uint64_t page, bool exclusive)
 {
 	const struct udd_run_entry *run = udd_runs_find(&udd_agent.runs, page);
 	struct udd_span span;
+	bool storm = false;
+	uint64_t now = 0;
+	int ret;
 
 	if (run->broken)
 		return udd_uffd_protect(page_at(page), false);
-	if (exclusive && run->armed && !(run->attributes & UDD_ATTRIBUTE_LOCKED)) {
-		span = widen(run, page);
-		if (may_dissolve(span) && !udd_dissolve(span, UDD_DROP_BREAK)) {
-			count_break(span);
+	if (exclusive && !udd_span_empty(span = widen(run, page))) {
+		bool dissolve = udd_pages(span.end - span.start) > 1; // several share the cost
+
+		if (!dissolve) {
+			now = udd_now();
+			storm = block_storm(page, now);
+			dissolve = may_dissolve_lone(now);
+		}
+		if (dissolve && !udd_dissolve(span, UDD_DROP_BREAK)) {
 			udd_uffd_wake(span);
+			count_break(span);
 			return SERVED;
 		}
 	}
 	// Locked, no mapping left to split into, or too many of them.
-	return break_in_place(page, exclusive);
+	ret = break_in_place(page, exclusive);
+	if (storm && ret == SERVED)
+		open_block(page, now);
+	return ret;
 }
 
 static int serve_minor(uint64_t page)
@@ -362,7 +427,7 @@ void udd_fault_thread(void *argument)
 
 	(void)argument;
 	for (;;) {
-		long count = udd_sys(SYS_epoll_pwait, epoll_fd, events, 4, -1, NULL, 0);
+		long count = udd_sys(SYS_epoll_pwait, epoll_fd, events, 4, close_blocks(), NULL, 0);
 
 		for (long i = 0; i < count; i++) {
 			if (events[i].data.fd == udd_uffd())

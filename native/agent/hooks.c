@@ -255,8 +255,12 @@ static void dissolve_all(struct udd_span span)
 		struct udd_span piece = udd_span_clip(udd_run_span(run), (struct udd_span){at, span.end});
 
 		at = piece.end;
-		// One that can't be had stays merged, which is right too, only not what was hoped for.
-		udd_dissolve(piece, 0);
+		// One that can't be had stays merged, which is right too, only not what was hoped for. Of those that the kernel
+		// breaks by itself nobody knows which already did, so it breaks the rest as well.
+		if (run->armed || run->broken)
+			udd_dissolve(piece, 0);
+		else if (!udd_failed(udd_sys(SYS_madvise, piece.start, piece.end - piece.start, MADV_POPULATE_WRITE)))
+			udd_broke_in_place(piece);
 	}
 }
 

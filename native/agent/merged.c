@@ -73,6 +73,15 @@ void udd_forget(struct udd_span span)
 	udd_publish_runs();
 }
 
+void udd_count_breaks(uint64_t pages, uint64_t events)
+{
+	struct udd_stats *stats = udd_live()->stats;
+
+	__atomic_add_fetch(&stats->break_events, events, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&stats->break_pages, pages, __ATOMIC_RELAXED);
+	udd_test_count(UDD_TEST_BROKEN, pages);
+}
+
 void udd_broke_in_place(struct udd_span span)
 {
 	for (struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span)) {
@@ -162,55 +171,79 @@ void udd_restore_attributes(struct udd_span span, uint32_t attributes)
 	}
 }
 
-// A private copy of some pages of one run, put in their place at once.
-static int dissolve_piece(const struct udd_run_entry *run, struct udd_span span)
+// Private copies of some pages, put in their place at once. The runs from `first` on cover the span and are alike.
+static int dissolve_piece(const struct udd_run_entry *first, struct udd_span span)
 {
 	uint64_t bytes = span.end - span.start;
 	char *blank = udd_agent.blank + span.start % udd_bytes(UDD_STAGING_PAGES);
-	bool plain = run->protection == (PROT_READ | PROT_WRITE);
+	bool plain = first->protection == (PROT_READ | PROT_WRITE);
 	long ret;
 
 	// One call instead of a fault for each page; where it fails, the faults come.
 	if (bytes > POPULATE_FROM)
 		udd_sys(SYS_madvise, blank, bytes, MADV_POPULATE_WRITE);
-	memcpy(blank, udd_store_page(run) + (span.start - run->address), bytes);
+	for (const struct udd_run_entry *run = first; run; run = udd_runs_next_in(run, span)) {
+		struct udd_span part = udd_span_clip(udd_run_span(run), span);
+
+		memcpy(blank + (part.start - span.start), udd_store_page(run) + (part.start - run->address), part.end - part.start);
+	}
 	if (!plain)
-		udd_sys(SYS_mprotect, blank, bytes, run->protection);
+		udd_sys(SYS_mprotect, blank, bytes, first->protection);
 	ret = udd_sys(SYS_mremap, blank, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, span.start);
 	if (!plain)
 		udd_sys(SYS_mprotect, blank, bytes, PROT_READ | PROT_WRITE);
 	if (udd_failed(ret))
 		return (int)ret;
 	udd_agent.dissolved = true;
-	udd_restore_attributes(span, run->attributes);
+	udd_restore_attributes(span, first->attributes);
 	return 0;
+}
+
+static bool dissolvable(const struct udd_run_entry *run)
+{
+	return !run->broken && run->armed && !(run->attributes & UDD_ATTRIBUTE_LOCKED);
+}
+
+struct udd_span udd_dissolvable(const struct udd_run_entry *run, struct udd_span span)
+{
+	// The area that the copies are made in ends at multiples of its size, and a piece must not wrap around there.
+	const uint64_t area = udd_bytes(UDD_STAGING_PAGES);
+	const struct udd_run_entry *next = run;
+	struct udd_span ret = udd_span_clip(udd_run_span(run), span);
+
+	if (!dissolvable(run))
+		return (struct udd_span){ret.start, ret.start};
+	while ((next = udd_runs_next_in(next, span)) && next->address == ret.end && dissolvable(next) &&
+	       next->protection == run->protection && next->attributes == run->attributes)
+		ret.end = udd_min(udd_run_span(next).end, span.end);
+	ret.end = udd_min(ret.end, ret.start - ret.start % area + area);
+	return ret;
 }
 
 int udd_dissolve(struct udd_span span, uint32_t reason)
 {
-	const uint64_t area = udd_bytes(UDD_STAGING_PAGES);
 	int ret = 0;
 
-	// One entry at a time: taking it out of the table moves the others.
+	// One piece at a time: taking its runs out of the table moves the others.
 	for (uint64_t at = span.start; at < span.end && !ret;) {
-		const struct udd_run_entry *run = udd_first_run((struct udd_span){at, span.end});
+		const struct udd_run_entry *run = udd_runs_first(&udd_agent.runs, (struct udd_span){at, span.end});
 		struct udd_span piece;
 
 		if (!run)
 			break;
-		piece = udd_span_clip(udd_run_span(run), span);
-		// A piece must not wrap around in the area that the copies are made in.
-		piece.end = udd_min(piece.end, piece.start - piece.start % area + area);
-		at = piece.end;
-		if (run->broken || !run->armed || (run->attributes & UDD_ATTRIBUTE_LOCKED))
+		piece = udd_dissolvable(run, (struct udd_span){at, span.end});
+		if (udd_span_empty(piece)) {
+			at = udd_run_span(run).end;
 			continue;
-		udd_runs_split(&udd_agent.runs, piece);
-		run = udd_runs_find(&udd_agent.runs, piece.start);
-		ret = dissolve_piece(run, piece);
-		if (!ret) {
-			udd_release_run(run, reason);
-			udd_remove_runs(piece);
 		}
+		at = piece.end;
+		run = udd_first_run(piece);
+		ret = dissolve_piece(run, piece);
+		if (ret)
+			break;
+		for (; run; run = udd_runs_next_in(run, piece))
+			udd_release_run(run, reason);
+		udd_remove_runs(piece);
 	}
 	udd_publish_runs();
 	return ret;

@@ -37,10 +37,15 @@ void udd_release_run(const struct udd_run_entry *run, uint32_t reason);
 // Statistics: what the table says of runs, and merged pages that came or went.
 void udd_publish_runs(void);
 void udd_count_merged(int64_t pages);
+// Statistics: pages that broke, at write faults that were served (0: the kernel broke them by itself).
+void udd_count_breaks(uint64_t pages, uint64_t events);
 
 // Replaces merged pages of `span` by private anonymous copies, at most UDD_STAGING_PAGES of them. `reason` is 0 or
 // UDD_DROP_BREAK. 0 or a negative errno, and then some may be left as they were.
 int udd_dissolve(struct udd_span span, uint32_t reason);
+// How far from `run` on (or from the start of `span`, if that is inside) merged pages of `span` can be dissolved in one
+// piece: they follow each other and are alike, wherever in the store they are. Empty if those of `run` can't be at all.
+struct udd_span udd_dissolvable(const struct udd_run_entry *run, struct udd_span span);
 // Replaces merged pages of `span` by fresh anonymous memory, which reads as zeros. 0 or a negative errno.
 int udd_discard(struct udd_span span);
 // Maps fresh anonymous memory at `span`, with the protection and attributes of `run`. 0 or a negative errno.

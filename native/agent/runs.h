@@ -34,7 +34,7 @@ struct udd_run_entry {
 	uint8_t attributes; // enum udd_attribute
 	uint8_t protection; // PROT_*
 	uint16_t broken;    // 1: private copies in a store mapping, see above
-	uint16_t armed;     // 1: write-protected by userfaultfd; 0: the kernel breaks it by itself (fork child, after mremap)
+	uint16_t armed;     // 1: write-protected by userfaultfd; 0: the kernel breaks it by itself (fork child, after mremap, storm)
 };
 
 enum {

@@ -28,8 +28,9 @@
 // thread ever sees the address without its content. MREMAP_DONTUNMAP leaves our side mapped, and the offset within our
 // area follows the address, so that neighbouring dissolved pages become one mapping again.
 //
-// What broke without us (the kernel's own copy-on-write in a fork child, before its agent is up) stays where it is, marked
-// `broken` in the table: such a page may be pinned by a device, so it must never be copied elsewhere.
+// What broke without us (the kernel's own copy-on-write in a fork child, before its agent is up, or where a storm of writes is
+// left to it) stays where it is, marked `broken` in the table: such a page may be pinned by a device, so it must never be
+// copied elsewhere.
 
 #include "transaction.h"
 
@@ -282,20 +283,30 @@ static int read_pagemap(struct udd_span span, uint64_t *ret)
 	return udd_failed(got) ? (int)got : -EIO;
 }
 
-// Are these pages really what the table says, the store's and protected? Whoever unmaps past the hooks leaves a table that
-// lies; the kernel's page table doesn't. The worker asks before it replaces merged pages.
-static bool still_merged(struct udd_span span)
+struct udd_span udd_still_merged(struct udd_span span)
 {
 	const uint64_t wanted = PAGEMAP_PROTECTED | PAGEMAP_FILE | PAGEMAP_PRESENT;
+	struct udd_span ret = {span.start, span.start};
 	uint64_t entries[UDD_RUN_MAX];
 
-	if (read_pagemap(span, entries))
-		return false;
-	for (uint64_t i = 0; i < udd_pages(span.end - span.start); i++) {
-		if ((entries[i] & wanted) != wanted)
-			return false;
+	while (ret.end < span.end) {
+		struct udd_span next = {ret.end, udd_min(span.end, ret.end + udd_bytes(UDD_RUN_MAX))};
+
+		if (read_pagemap(next, entries))
+			return ret;
+		for (uint64_t i = 0; i < udd_pages(next.end - next.start); i++) {
+			if ((entries[i] & wanted) != wanted)
+				return ret;
+			ret.end += UDD_PAGE_SIZE;
+		}
 	}
-	return true;
+	return ret;
+}
+
+// All of them?
+static bool still_merged(struct udd_span span)
+{
+	return udd_still_merged(span).end == span.end;
 }
 
 // Pages of `span` that are private copies already broke before they were write-protected.
@@ -311,6 +322,7 @@ static int find_broken(struct udd_span span)
 
 		if ((entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)) && !(entries[i] & PAGEMAP_FILE)) {
 			udd_broke_in_place(page);
+			udd_count_breaks(1, 0);
 			udd_uffd_protect(page, false);
 		}
 	}
@@ -368,6 +380,15 @@ bool udd_arm_runs(void)
 	}
 }
 
+// The first pages of a run inside `span`, as many as are treated at a time.
+static struct udd_span start_of(const struct udd_run_entry *run, struct udd_span span)
+{
+	struct udd_span ret = udd_span_clip(udd_run_span(run), span);
+
+	ret.end = udd_min(ret.end, ret.start + udd_bytes(UDD_RUN_MAX));
+	return ret;
+}
+
 uint64_t udd_unmerge(struct udd_span span)
 {
 	uint64_t before = udd_live()->stats->pages_merged;
@@ -381,16 +402,18 @@ uint64_t udd_unmerge(struct udd_span span)
 
 		udd_worker_lock_patiently(&started);
 		run = udd_runs_first(runs, span);
+		if (run && !run->armed && !run->broken) {
+			// Arming finds out what broke meanwhile, which are runs of their own then.
+			piece = start_of(run, span);
+			udd_runs_split(runs, piece);
+			arm(piece);
+			run = udd_runs_first(runs, span);
+		}
 		if (!run) {
 			udd_worker_unlock(started);
 			break;
 		}
-		piece.start = udd_max(span.start, run->address);
-		piece.end = udd_min(udd_min(span.end, piece.start + udd_bytes(UDD_RUN_MAX)), udd_run_span(run).end);
-		if (!run->armed && !run->broken) {
-			udd_runs_split(runs, piece);
-			arm(piece);
-		}
+		piece = start_of(run, span);
 		ret = still_merged(piece) ? udd_dissolve(piece, 0) : 0;
 		udd_uffd_wake(piece);
 		udd_worker_unlock(started);

@@ -25,6 +25,10 @@ int udd_staging_populate(uint64_t page);
 
 // The fault thread: notes that pages broke; they are left alone for a while.
 void udd_hold_off(struct udd_span span);
+// Whoever holds the map lock exclusively and has the agent's descriptors: as much of the beginning of `span` as really is what
+// the table says, the store's and protected. Whoever unmaps past the hooks leaves a table that lies; the kernel's page table
+// doesn't. To be asked before merged pages are replaced.
+struct udd_span udd_still_merged(struct udd_span span);
 
 // The longest time the worker held the map lock is kept in the statistics; this is the shared prologue and epilogue.
 bool udd_worker_lock(uint64_t *started);

@@ -499,9 +499,9 @@ static void serve_engine(struct worker *worker)
 
 		if ((bell & UDD_BELL_HINTS) && !ring_engine(worker))
 			return;
-		// If it can't be had now, it is not urgent: such runs work, they only break uncounted.
-		if (bell & UDD_BELL_ARM)
-			udd_arm_runs();
+		// Not urgent: such runs work, they only break uncounted so far.
+		if ((bell & UDD_BELL_ARM) && !udd_arm_runs())
+			udd_ring(UDD_BELL_ARM);
 		while (bell & UDD_BELL_SOCKET) {
 			struct received message = receive(worker->socket, worker->request, MSG_DONTWAIT);
 			bool good = message.bytes == -EAGAIN || (message.bytes > 0 && serve(worker, &message));

@@ -4,7 +4,8 @@
 // map SEED RUN → mapped; two areas with equal content, PAGES each, one page of their own after every RUN pages (0: none),
 //                and a private mapping of a memfd of as many pages
 // wait         → merged, once both areas are
-// scattered N  → NS NS; N single pages in random order: time per write to the memfd's, to the merged ones
+// scattered N  → NS NS NS NS; N single pages in random order: time per write to the memfd's, to the merged ones; likewise
+//                of the first BATCH ones alone, before the agent takes them for a storm
 // sequential   → NS NS; all pages overwritten in order, as far as they lie in one area: likewise
 // unmap        → unmapped
 #include <fcntl.h>
@@ -115,7 +116,8 @@ static double median(double *values, size_t count)
 }
 
 // Time per page, ns, of `count` writes of `bytes` bytes at the pages whose numbers are given.
-static double time_writes(const struct areas *areas, char *area, const uint64_t *numbers, uint64_t count, size_t bytes)
+static double time_writes(const struct areas *areas, char *area, const uint64_t *numbers, uint64_t count, size_t bytes,
+			  double *first)
 {
 	double times[count / BATCH];
 
@@ -126,6 +128,7 @@ static double time_writes(const struct areas *areas, char *area, const uint64_t 
 			memset(page_at(areas, area, numbers[i]), 1, bytes);
 		times[batch] = (double)(nanoseconds(CLOCK_MONOTONIC) - started) / BATCH;
 	}
+	*first = times[0];
 	return median(times, count / BATCH);
 }
 
@@ -133,6 +136,8 @@ static void scattered(const struct areas *areas, uint64_t count)
 {
 	uint64_t *numbers = malloc(areas->pages * sizeof(*numbers));
 	uint64_t state = 88172645463325252;
+	double kernel_first;
+	double merged_first;
 	double kernel;
 	double merged;
 
@@ -145,10 +150,10 @@ static void scattered(const struct areas *areas, uint64_t count)
 		numbers[i] = numbers[other];
 		numbers[other] = swapped;
 	}
-	kernel = time_writes(areas, areas->kernel, numbers, count, sizeof(uint64_t));
-	merged = time_writes(areas, areas->merged[0], numbers, count, sizeof(uint64_t));
+	kernel = time_writes(areas, areas->kernel, numbers, count, sizeof(uint64_t), &kernel_first);
+	merged = time_writes(areas, areas->merged[0], numbers, count, sizeof(uint64_t), &merged_first);
 	free(numbers);
-	answer("%f %f", kernel, merged);
+	answer("%f %f %f %f", kernel, merged, kernel_first, merged_first);
 }
 
 // As a whole, without medians: the handler takes many pages at a time, so most batches would cost nothing.
