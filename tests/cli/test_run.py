@@ -287,7 +287,7 @@ def test_domains_root_may_choose(engine: Engine) -> None:
 @pytest.mark.require("userfaultfd-move", "root")
 def test_domain_not_allowed_is_one_line(engine_factory: Callable[..., Engine]) -> None:
     """Another user may take only the labels the engine's configuration gives it."""
-    engine = engine_factory("--allow-domain", "65534:green", mount=False)
+    engine = engine_factory("--socket-mode", "666", "--allow-domain", "65534:green", mount=False)
     for folder in (engine.socket.parent, *engine.socket.parent.parents):
         if folder != Path("/") and folder.stat().st_uid == 0:
             folder.chmod(folder.stat().st_mode | 0o011)

@@ -5,12 +5,24 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udedup.commands.host import require_host
-from udedup.commands.options import add_advisor_options, allowed_domain, count, image_argument, ratio
+from udedup.commands.options import (
+    add_advisor_options,
+    allowed_domain,
+    count,
+    group,
+    image_argument,
+    ratio,
+    socket_mode,
+)
 from udedup.engine.policies import POLICIES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
+
+if TYPE_CHECKING:
+    from udedup.commands.settings import Settings
 
 COLLECT_AFTER = 20_000
 """Objects made until Python looks for garbage; its default is 700."""
@@ -21,12 +33,26 @@ _PR_SET_PDEATHSIG = 1
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``udedup engine``."""
     parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings; options given here go before them (default: /etc/udedup.toml for root, "
+        "$XDG_CONFIG_HOME/udedup/udedup.toml for others, if it is there)",
+    )
+    parser.add_argument(
         "--socket",
         type=Path,
         default=default_socket(),
         metavar="PATH",
         help="where to listen (default: $UDEDUP_SOCKET, else %(default)s)",
     )
+    parser.add_argument(
+        "--socket-mode",
+        type=socket_mode,
+        metavar="MODE",
+        help="permissions of the socket: who may connect. 666 serves all users (default: 600, with a group 660)",
+    )
+    parser.add_argument("--socket-group", type=group, metavar="GROUP", help="let this group's users connect")
     parser.add_argument("--mount", type=Path, metavar="DIR", help="an empty directory to show the images in")
     parser.add_argument(
         "--image",
@@ -35,6 +61,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]PATH",
         help="show this raw disk image, read-only, as DIR/NAME (default: its own name); may be repeated",
+    )
+    parser.add_argument(
+        "--allow-other",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let other users read those images in the mount whose files they may read (default: no)",
     )
     parser.add_argument(
         "--policy",
@@ -99,10 +131,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then leaves the programs merged and on their own."""
-    if args.image and args.mount is None:
-        args.subparser.error("--image needs --mount DIR to show it in")
     if args.parent is not None:
         _end_with(args.parent)
+    settings = _settings(args)
+    # The command line goes before the file: what it sets is set last.
+    args = args.subparser.parse_args(args.words, args.subparser.parse_args(settings.words))
+    if args.image and args.mount is None:
+        args.subparser.error("--image needs --mount DIR to show it in")
     require_host()
     logging.basicConfig(format="udedup: %(message)s", level=logging.WARNING)
 
@@ -122,8 +157,11 @@ def run(args: argparse.Namespace) -> int:
     )
     config = EngineConfig(
         socket=args.socket.absolute(),
+        socket_mode=args.socket_mode,
+        socket_group=args.socket_group,
         mount=None if args.mount is None else args.mount.absolute(),
         images=tuple(args.image),
+        allow_other=args.allow_other,
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,
@@ -133,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
         smart_scan=args.smart_scan,
         hint_slots=args.hint_slots,
         huge_page_threshold=args.huge_page_threshold,
-        allowed_domains=frozenset(args.allow_domain),
+        allowed_domains=frozenset(args.allow_domain) | settings.allowed,
+        shared_domains=settings.shared,
     )
 
     def announce(ready: Ready) -> None:
@@ -165,6 +204,17 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise _first(mendable) from None
     return 0
+
+
+def _settings(args: argparse.Namespace) -> "Settings":
+    """Reads the file of settings, if there is one. Raises UdedupError."""
+    from udedup.commands.settings import Settings, default_file, load
+
+    path = args.config or default_file()
+    # An engine for one command's life has nobody to ask for domains, and nothing of the file is meant for it.
+    if args.config is None and (args.parent is not None or not path.exists()):
+        return Settings()
+    return load(path, prepare_parser)
 
 
 def _first(group: BaseExceptionGroup[UdedupError]) -> UdedupError:

@@ -19,7 +19,10 @@ class EngineConfig:
     """Where agents and control clients connect."""
 
     socket_mode: int | None = None
-    """Permissions of the socket; None: 0o666 for root's engine, 0o600 for anybody else's."""
+    """Permissions of the socket; None: 0o600, or 0o660 with a group."""
+
+    socket_group: int | None = None
+    """Gid that the socket is given to; None: it stays the engine's."""
 
     mount: Path | None = None
     """Directory to mount the images on; None: no mount."""
@@ -66,6 +69,9 @@ class EngineConfig:
     allowed_domains: frozenset[tuple[int, str]] = frozenset()
     """(uid, label) pairs that may be used besides those of root and of the engine's own user."""
 
+    shared_domains: frozenset[str] = frozenset()
+    """Labels of ``allowed_domains`` whose users share one domain; under all others each user has one of its own."""
+
     agents_max: int = 4096
     """Connections served at a time."""
 
@@ -99,6 +105,9 @@ class EngineConfig:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
         if not 0 <= self.huge_page_threshold <= HUGE_PAGES:
             raise UdedupError(f"huge page threshold is {self.huge_page_threshold} pages: give 0 to {HUGE_PAGES}")
+        unused = self.shared_domains - {label for _, label in self.allowed_domains}
+        if unused:
+            raise UdedupError(f"domain {min(unused)!r} is shared, but no user may use it")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
 
