@@ -126,6 +126,18 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="UID:LABEL",
         help="let programs of user UID join the trust domain LABEL; may be repeated",
     )
+    parser.add_argument(
+        "--max-map-count",
+        type=count(1),
+        metavar="N",
+        help="raise vm.max_map_count to N while the engine runs: each run of shared pages is a mapping (root only)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("error", "warning", "info", "debug"),
+        default="warning",
+        help="what to log on stderr (default: %(default)s)",
+    )
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end when this process does (`udedup run`)
 
 
@@ -139,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image and args.mount is None:
         args.subparser.error("--image needs --mount DIR to show it in")
     require_host()
-    logging.basicConfig(format="udedup: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="udedup: %(message)s", level=args.log_level.upper())
 
     import gc
 
@@ -148,6 +160,10 @@ def run(args: argparse.Namespace) -> int:
     from udedup.engine.advisor import ScanTimeTarget
     from udedup.engine.config import EngineConfig, Ready
     from udedup.engine.server import run_engine
+    from udedup.engine.service import Service
+
+    # What is set there is not meant for an engine that a command started for itself.
+    service = Service() if args.parent is not None else Service.take(os.environ)
 
     advisor = ScanTimeTarget(
         seconds=args.advisor_target_scan_time,
@@ -156,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         max_pages_to_scan=args.advisor_max_pages_to_scan,
     )
     config = EngineConfig(
-        socket=args.socket.absolute(),
+        socket=service.socket_path or args.socket.absolute(),
         socket_mode=args.socket_mode,
         socket_group=args.socket_group,
         mount=None if args.mount is None else args.mount.absolute(),
@@ -173,6 +189,9 @@ def run(args: argparse.Namespace) -> int:
         huge_page_threshold=args.huge_page_threshold,
         allowed_domains=frozenset(args.allow_domain) | settings.allowed,
         shared_domains=settings.shared,
+        map_count=args.max_map_count,
+        drop_privileges=True,
+        service=service,
     )
 
     def announce(ready: Ready) -> None:
@@ -228,8 +247,8 @@ def _first(group: BaseExceptionGroup[UdedupError]) -> UdedupError:
 
 def _end_with(parent: int) -> None:
     """Asks the kernel for SIGTERM once the parent dies. Raises UdedupError if it is dead already."""
-    import ctypes
+    from udedup.prctl import prctl
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise UdedupError(f"the process {parent} that wanted this engine has ended")

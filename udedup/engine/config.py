@@ -6,6 +6,7 @@ import attrs
 
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.policies import POLICIES, Policy
+from udedup.engine.service import Service
 from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
@@ -80,6 +81,12 @@ class EngineConfig:
 
     map_count: int | None = None
     """Value to raise vm.max_map_count to while the engine runs (root only); None: leave it."""
+
+    drop_privileges: bool = False
+    """Whether to give up all rights that aren't needed (``udedup.engine.privileges``); needs a single thread."""
+
+    service: Service = attrs.field(factory=Service)
+    """What a service manager gave; its socket is used instead of opening one at ``socket``."""
 
     retire_seconds: float = 2.0
     """Pause between looks for segments that are mostly dead, s."""

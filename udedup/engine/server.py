@@ -12,13 +12,13 @@ import resource
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, report
+from udedup.engine import clients, kernel, maplimit, privileges, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -384,10 +384,12 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
     config.check()
     _allow_descriptors()
     with (
-        listening(config.socket, config.socket_mode, config.socket_group) as listener,
+        _listener(config) as listener,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
     ):
+        if config.drop_privileges:
+            privileges.drop(mount=config.mount is not None)
         scheduler = Scheduler(engine.rounds, config.chosen_policy, engine.pace, sleep_millisecs=config.sleep_millisecs)
         async with trio.open_nursery() as nursery:
             if config.mount is not None:
@@ -401,7 +403,15 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
             nursery.start_soon(Retirement(engine, config.retire_seconds).run)
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
-            await trio.sleep_forever()
+            nursery.start_soon(config.service.show_life)
+            with config.service.serving():
+                await trio.sleep_forever()
+
+
+def _listener(config: EngineConfig) -> AbstractContextManager[socket.socket]:
+    if config.service.listener is not None:
+        return config.service.listening()
+    return listening(config.socket, config.socket_mode, config.socket_group)
 
 
 def _pace(config: EngineConfig) -> Pace:
