@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from support.engine import UDEDUP, Engine, read_line
 from support.ledger import Ledger, mounted
+from support.users import NOBODY, as_nobody, open_way
 
 from udedup.engine.privileges import KEPT, Privileges, kept
 
 pytestmark = pytest.mark.require("userfaultfd-move", "root")
-NOBODY = 65534
 LINUX_CAPABILITY_H = Path("/usr/include/linux/capability.h")
 
 
@@ -86,19 +86,6 @@ def test_engine_of_root_sees_the_memory_of_others(engine_factory: Callable[..., 
     assert status["kernel"]["pss_bytes"] > status["memory"]["engine"]
     for holder in holders:
         holder.communicate(b"\n", timeout=20)
-
-
-def open_way(folder: Path) -> None:
-    """Lets other users reach a folder."""
-    for place in (folder, *folder.parents):
-        if place != Path("/") and place.stat().st_uid == 0:
-            place.chmod(place.stat().st_mode | 0o011)
-
-
-def as_nobody() -> list[str]:
-    """A command that becomes that user with one right: to read files, for this project may lie where only root can."""
-    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    return [*drop, "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
 
 
 # ---- an ordinary user's engine ----
