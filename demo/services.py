@@ -35,6 +35,8 @@ def engine(run_folder: Path, images: Mapping[str, Path], options: Sequence[str])
     socket, mount = run_folder / "udedup.sock", run_folder / "images"
     mount.mkdir()
     command = [sys.executable, "-m", "udedup", "engine", "--socket", str(socket), "--mount", str(mount)]
+    # PostgreSQL runs as a user of its own.
+    command += ["--socket-mode", "666"]
     for name, image in images.items():
         command += ["--image", f"{name}={image}"]
     command += options

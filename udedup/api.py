@@ -14,6 +14,7 @@ import attrs
 import cffi
 
 from udedup.errors import UdedupError
+from udedup.labels import OFF
 
 _DECLARATIONS = """
 struct udedup_stats {
@@ -96,8 +97,11 @@ def join(socket: Path | str | None = None, domain: str | None = None) -> None:
     """Joins the engine, so that this process's memory is merged with that of others. Joining twice does nothing.
 
     ``socket`` is the engine's (default: ``$UDEDUP_SOCKET``, else the user's default), ``domain`` a label that the
-    engine allows this user. Raises :class:`UdedupError` if no engine answers within five seconds or it refuses.
+    engine allows this user, ``"private"`` (share with nobody but itself) or ``"off"`` (do nothing). Raises
+    :class:`UdedupError` if no engine answers within five seconds or it refuses.
     """
+    if domain == OFF:
+        return
     ffi, library = _library()
     path = ffi.NULL if socket is None else ffi.new("char[]", str(socket).encode())
     label = ffi.NULL if domain is None else ffi.new("char[]", domain.encode())

@@ -88,34 +88,50 @@ struct udd_hinted {
 	uint32_t reserved;
 };
 
+// What of a hint is not on the stack yet.
+struct udd_hint_part {
+	uint64_t page;  // the next one, by number
+	uint64_t end;
+	uint64_t block; // of that page, in an image
+	uint64_t nanoseconds;
+	uint32_t image; // 0: none that is known
+	uint32_t reserved;
+};
+
 // Where the engine is in an agent's hint ring. All zero at the start.
 struct udd_hint_reader {
 	uint64_t tail;
+	struct udd_hint_part part; // of the hint before `tail`
 	uint64_t stuck_since; // CLOCK_MONOTONIC ns: the slot at tail was seen half written then; 0: it was not
 };
 
 struct udd_drain_counts {
 	uint64_t hints;   // taken from the ring
 	uint64_t pages;   // whole pages they meant
-	uint64_t dropped; // hints overwritten, malformed or beyond what one call takes
+	uint64_t dropped; // hints overwritten or malformed
 	uint32_t armed;   // 1: `waiting` went from 0 to 1, so one doorbell may come
 	uint32_t reserved;
 };
 
 struct udd_hints *udd_hints_create(uint32_t slots);
 void udd_hints_destroy(struct udd_hints *hints);
-uint32_t udd_hints_depth(const struct udd_hints *hints);
-uint64_t udd_hints_overwritten(const struct udd_hints *hints); // cumulative pages that fell off the bottom
+uint32_t udd_hints_depth(const struct udd_hints *hints); // pages that can be popped
+uint64_t udd_hints_overwritten(const struct udd_hints *hints); // cumulative pages that fell off a bottom
 // `digests` (2 words a block of 4096 bytes, 0, 0 if not known yet) must live as long as the stack.
 int udd_hints_add_image(struct udd_hints *hints, uint64_t inode, const uint64_t *digests, uint64_t blocks);
 // Puts a hint on top. inode 0: not on the udedup mount. Returns the number of pages meant.
 int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address, uint64_t length, uint64_t inode,
 		       uint64_t offset, uint64_t nanoseconds);
-// Empties an agent's ring onto the stack; `arm`: ask for a doorbell once there is more.
+// Takes up to `pages` pages from an agent's ring onto the stack; `arm`: ask for a doorbell once there is more. Returns 1 if
+// something is left, 0 if not.
 int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_ring *ring, struct udd_hint_reader *reader,
-		    int arm, struct udd_drain_counts *ret);
-// Takes up to `pages` pages from the top; sorted by agent, then address.
+		    uint64_t pages, int arm, struct udd_drain_counts *ret);
+// Whether a drain would find something.
+int udd_hints_waiting(const struct udd_hint_ring *ring, const struct udd_hint_reader *reader);
+// Takes up to `pages` pages, the newest of each agent and as many of each as of the others; sorted by agent, then address.
 size_t udd_hints_pop(struct udd_hints *hints, size_t pages, struct udd_hinted *ret);
+// Nothing of an agent is popped while it is held.
+int udd_hints_hold(struct udd_hints *hints, uint32_t agent, int hold);
 void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent);
 // Length of the leading part of `hinted` that is one agent's.
 size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count);

@@ -3,11 +3,16 @@
 // off the bottom).
 //
 // One entry is one page. A page hinted again moves to the top, so the stack never holds a page twice. Entries are a fixed array
-// threaded by a doubly linked list (top to bottom) and found through a hash of their indices.
+// threaded by doubly linked lists (top to bottom) and found through a hash of their indices.
+//
+// Agents are not each other's friends, so each has a lane of its own. While there is room a lane may be of any depth; when there
+// is none, an agent with more than its share pays for its own new hints, and one with less takes from the deepest lane. What is
+// popped is shared out evenly among the lanes. So a flood of hints costs those who make it, and nobody else.
 //
 // Rings are written by application threads of agents that nobody vouches for: a head that jumps, lengths that overflow and
-// slots that never get finished are all dealt with here, and one call's work is bounded by the size of the stack.
+// slots that never get finished are all dealt with here, and the caller bounds one call's work.
 #include <errno.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -29,8 +34,18 @@ struct entry {
 	uint64_t nanoseconds;
 	uint32_t image;       // index in images + 1; 0: none
 	uint32_t block;
-	uint32_t newer;       // towards the top
+	uint32_t newer;       // towards the top of its lane
 	uint32_t older;       // towards the bottom; of a free entry: the next free one
+};
+
+// One agent's hints.
+struct lane {
+	uint32_t agent;
+	uint32_t top;
+	uint32_t bottom;
+	uint32_t depth;
+	uint32_t quota; // of the pop under way
+	bool held;      // not popped from for now
 };
 
 struct image {
@@ -44,12 +59,16 @@ struct udd_hints {
 	uint32_t *buckets; // open addressing: index of an entry + 1, or 0
 	uint32_t slots;
 	uint32_t bucket_mask;
-	uint32_t depth;
-	uint32_t top;
-	uint32_t bottom;
+	uint32_t depth;    // of all lanes
+	uint32_t held;     // of those that are held
+	uint32_t sharers;  // lanes that are not empty
 	uint32_t free;     // first of the entries that were given back
 	uint32_t fresh;    // first entry that was never used: a stack that stays small costs no memory
 	uint64_t overwritten;
+	struct lane *lanes; // sorted by agent
+	uint32_t lane_count;
+	uint32_t lane_room;
+	uint32_t turn;      // which lane gets what can't be shared out evenly
 	struct image *images;
 	uint32_t image_count;
 	struct udd_digest zero;
@@ -87,50 +106,112 @@ static void bucket_remove(struct udd_hints *hints, uint32_t hole)
 	hints->buckets[hole] = 0;
 }
 
-static void list_unlink(struct udd_hints *hints, uint32_t i)
+// Where the lane of an agent is, or would have to be.
+static uint32_t lane_place(const struct udd_hints *hints, uint32_t agent)
+{
+	uint32_t low = 0, high = hints->lane_count;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+
+		if (hints->lanes[middle].agent < agent)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+static struct lane *lane_find(const struct udd_hints *hints, uint32_t agent)
+{
+	uint32_t i = lane_place(hints, agent);
+
+	return i < hints->lane_count && hints->lanes[i].agent == agent ? &hints->lanes[i] : NULL;
+}
+
+// The lane of an agent, a new one if it has none; NULL: no memory. Moves the other lanes.
+static struct lane *lane_open(struct udd_hints *hints, uint32_t agent)
+{
+	uint32_t i = lane_place(hints, agent);
+
+	if (i < hints->lane_count && hints->lanes[i].agent == agent)
+		return &hints->lanes[i];
+	if (hints->lane_count == hints->lane_room) {
+		uint32_t room = hints->lane_room ? 2 * hints->lane_room : 16;
+		struct lane *lanes = realloc(hints->lanes, room * sizeof(*lanes));
+
+		if (!lanes)
+			return NULL;
+		hints->lanes = lanes;
+		hints->lane_room = room;
+	}
+	memmove(&hints->lanes[i + 1], &hints->lanes[i], (hints->lane_count++ - i) * sizeof(*hints->lanes));
+	hints->lanes[i] = (struct lane){.agent = agent, .top = NONE, .bottom = NONE};
+	return &hints->lanes[i];
+}
+
+static void list_unlink(struct udd_hints *hints, struct lane *lane, uint32_t i)
 {
 	struct entry *entry = &hints->entries[i];
 
 	if (entry->newer == NONE)
-		hints->top = entry->older;
+		lane->top = entry->older;
 	else
 		hints->entries[entry->newer].older = entry->older;
 	if (entry->older == NONE)
-		hints->bottom = entry->newer;
+		lane->bottom = entry->newer;
 	else
 		hints->entries[entry->older].newer = entry->newer;
 }
 
-static void list_put_on_top(struct udd_hints *hints, uint32_t i)
+static void list_put_on_top(struct udd_hints *hints, struct lane *lane, uint32_t i)
 {
 	struct entry *entry = &hints->entries[i];
 
 	entry->newer = NONE;
-	entry->older = hints->top;
-	if (hints->top == NONE)
-		hints->bottom = i;
+	entry->older = lane->top;
+	if (lane->top == NONE)
+		lane->bottom = i;
 	else
-		hints->entries[hints->top].newer = i;
-	hints->top = i;
+		hints->entries[lane->top].newer = i;
+	lane->top = i;
 }
 
-static void entry_release(struct udd_hints *hints, uint32_t i)
+static void entry_release(struct udd_hints *hints, struct lane *lane, uint32_t i)
 {
 	bucket_remove(hints, bucket_find(hints, hints->entries[i].key));
-	list_unlink(hints, i);
+	list_unlink(hints, lane, i);
 	hints->entries[i].key = 0;
 	hints->entries[i].older = hints->free;
 	hints->free = i;
 	hints->depth--;
+	hints->held -= lane->held;
+	hints->sharers -= --lane->depth == 0;
 }
 
-// An unused entry; the oldest hint falls off for it if there is none.
-static uint32_t entry_take(struct udd_hints *hints)
+// Who gives up its oldest hint for a new one in `lane`, now that there is no room.
+static struct lane *lane_to_take_from(struct udd_hints *hints, struct lane *lane)
+{
+	struct lane *deepest = lane;
+
+	if (lane->depth && lane->depth >= hints->slots / hints->sharers)
+		return lane;
+	for (struct lane *other = hints->lanes; other < hints->lanes + hints->lane_count; other++) {
+		if (other->depth > deepest->depth)
+			deepest = other;
+	}
+	return deepest;
+}
+
+// An unused entry for `lane`; an old hint is lost if there is none.
+static uint32_t entry_take(struct udd_hints *hints, struct lane *lane)
 {
 	if (hints->free == NONE && hints->fresh < hints->slots)
 		return hints->fresh++;
 	if (hints->free == NONE) {
-		entry_release(hints, hints->bottom);
+		struct lane *loser = lane_to_take_from(hints, lane);
+
+		entry_release(hints, loser, loser->bottom);
 		hints->overwritten++;
 	}
 	uint32_t i = hints->free;
@@ -160,7 +241,7 @@ struct udd_hints *udd_hints_create(uint32_t slots)
 	}
 	hints->slots = slots;
 	hints->bucket_mask = buckets - 1;
-	hints->top = hints->bottom = hints->free = NONE;
+	hints->free = NONE;
 	hints->zero = udd_digest_page(zero_page);
 	return hints;
 }
@@ -169,13 +250,14 @@ void udd_hints_destroy(struct udd_hints *hints)
 {
 	free(hints->entries);
 	free(hints->buckets);
+	free(hints->lanes);
 	free(hints->images);
 	free(hints);
 }
 
 uint32_t udd_hints_depth(const struct udd_hints *hints)
 {
-	return hints->depth;
+	return hints->depth - hints->held;
 }
 
 uint64_t udd_hints_overwritten(const struct udd_hints *hints)
@@ -203,20 +285,22 @@ static uint32_t image_find(const struct udd_hints *hints, uint64_t inode)
 	return 0;
 }
 
-static void hints_push_page(struct udd_hints *hints, uint32_t agent, uint64_t address, uint32_t image, uint64_t block,
+static void hints_push_page(struct udd_hints *hints, struct lane *lane, uint64_t address, uint32_t image, uint64_t block,
 			    uint64_t nanoseconds)
 {
-	uint64_t key = entry_key(agent, address);
+	uint64_t key = entry_key(lane->agent, address);
 	uint32_t bucket = bucket_find(hints, key);
 	uint32_t i;
 
 	if (hints->buckets[bucket]) {
 		i = hints->buckets[bucket] - 1;
-		list_unlink(hints, i);
+		list_unlink(hints, lane, i);
 	} else {
-		i = entry_take(hints);
+		i = entry_take(hints, lane);
 		hints->buckets[bucket_find(hints, key)] = i + 1;
 		hints->depth++;
+		hints->held += lane->held;
+		hints->sharers += lane->depth++ == 0;
 	}
 	struct entry *entry = &hints->entries[i];
 
@@ -224,35 +308,58 @@ static void hints_push_page(struct udd_hints *hints, uint32_t agent, uint64_t ad
 	entry->nanoseconds = nanoseconds;
 	entry->image = image && block < hints->images[image - 1].blocks && block <= UINT32_MAX ? image : 0;
 	entry->block = (uint32_t)block;
-	list_put_on_top(hints, i);
+	list_put_on_top(hints, lane, i);
+}
+
+// What is to be pushed for one hint: its whole pages, or the last of them if they are more than the stack can hold.
+static int part_init(struct udd_hint_part *part, struct udd_hints *hints, uint64_t address, uint64_t length, uint64_t inode,
+		     uint64_t offset, uint64_t nanoseconds)
+{
+	*part = (struct udd_hint_part){.nanoseconds = nanoseconds};
+	if (address >= ADDRESS_END || length > ADDRESS_END - address)
+		return -EINVAL;
+	part->page = (address + UDD_PAGE_SIZE - 1) >> UDD_PAGE_SHIFT;
+	part->end = (address + length) >> UDD_PAGE_SHIFT;
+	if (part->page >= part->end) {
+		part->end = part->page;
+		return 0;
+	}
+	if (part->end - part->page > hints->slots) {
+		hints->overwritten += part->end - part->page - hints->slots;
+		part->page = part->end - hints->slots;
+	}
+	offset += inode && offset != OFFSET_UNKNOWN && offset <= INT64_MAX ? (part->page << UDD_PAGE_SHIFT) - address : 0;
+	if (inode && offset <= INT64_MAX && offset % UDD_PAGE_SIZE == 0)
+		part->image = image_find(hints, inode);
+	part->block = offset >> UDD_PAGE_SHIFT;
+	return 0;
+}
+
+// Pushes up to `pages` pages of it; returns how many.
+static uint64_t part_push(struct udd_hint_part *part, struct udd_hints *hints, struct lane *lane, uint64_t pages)
+{
+	uint64_t end = part->end - part->page > pages ? part->page + pages : part->end;
+	uint64_t first = part->page;
+
+	for (; part->page < end; part->page++, part->block++)
+		hints_push_page(hints, lane, part->page << UDD_PAGE_SHIFT, part->image, part->block, part->nanoseconds);
+	return end - first;
 }
 
 int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address, uint64_t length, uint64_t inode,
 		       uint64_t offset, uint64_t nanoseconds)
 {
-	if (agent == 0 || agent >= UDD_AGENT_NUMBERS || address >= ADDRESS_END || length > ADDRESS_END - address)
+	struct udd_hint_part part;
+
+	if (agent == 0 || agent >= UDD_AGENT_NUMBERS)
 		return -EINVAL;
-	uint64_t first = (address + UDD_PAGE_SIZE - 1) >> UDD_PAGE_SHIFT;
-	uint64_t end = (address + length) >> UDD_PAGE_SHIFT;
+	struct lane *lane = lane_open(hints, agent);
 
-	if (first >= end)
-		return 0;
-	// Only the last ones would stay.
-	if (end - first > hints->slots) {
-		hints->overwritten += end - first - hints->slots;
-		first = end - hints->slots;
-	}
-	uint64_t skipped = (first << UDD_PAGE_SHIFT) - address;
-	uint32_t image = 0;
+	if (!lane)
+		return -ENOMEM;
+	int ret = part_init(&part, hints, address, length, inode, offset, nanoseconds);
 
-	if (inode && offset != OFFSET_UNKNOWN && offset <= INT64_MAX && (offset + skipped) % UDD_PAGE_SIZE == 0)
-		image = image_find(hints, inode);
-	for (uint64_t page = first; page < end; page++) {
-		uint64_t block = (offset + skipped + ((page - first) << UDD_PAGE_SHIFT)) >> UDD_PAGE_SHIFT;
-
-		hints_push_page(hints, agent, page << UDD_PAGE_SHIFT, image, block, nanoseconds);
-	}
-	return end - first;
+	return ret ? ret : (int64_t)part_push(&part, hints, lane, UINT64_MAX);
 }
 
 static uint64_t now_ns(void)
@@ -277,20 +384,26 @@ static int ring_read(struct udd_hint_ring *ring, uint64_t ticket, struct udd_hin
 }
 
 int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_ring *ring, struct udd_hint_reader *reader,
-		    int arm, struct udd_drain_counts *ret)
+		    uint64_t pages, int arm, struct udd_drain_counts *ret)
 {
 	uint64_t head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE);
 	uint64_t ahead = head - reader->tail;
-	uint64_t pages = 0;
+	uint64_t records = 0;
 
 	if (ahead > HEAD_JUMP_MAX)
 		return -EPROTO;
+	struct lane *lane = lane_open(hints, agent);
+
+	if (!lane)
+		return -ENOMEM;
 	if (ahead > UDD_HINT_SLOTS) {
 		ret->dropped += ahead - UDD_HINT_SLOTS;
 		reader->tail = head - UDD_HINT_SLOTS;
 		reader->stuck_since = 0;
 	}
-	for (; reader->tail != head; reader->tail++) {
+	uint64_t left = pages - part_push(&reader->part, hints, lane, pages);
+
+	for (; left && reader->tail != head; reader->tail++) {
 		struct udd_hint hint;
 		int taken = ring_read(ring, reader->tail, &hint);
 
@@ -303,26 +416,26 @@ int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_rin
 				break;
 		}
 		reader->stuck_since = 0;
-		if (taken != 1 || pages >= hints->slots) {
+		if (taken != 1 || part_init(&reader->part, hints, hint.address, hint.length,
+					    hint.nanoseconds & HINT_ON_MOUNT ? hint.inode : 0, hint.offset,
+					    hint.nanoseconds & ~HINT_ON_MOUNT)) {
 			ret->dropped++;
 			continue;
 		}
-		int64_t pushed = udd_hints_push(hints, agent, hint.address, hint.length,
-						hint.nanoseconds & HINT_ON_MOUNT ? hint.inode : 0, hint.offset,
-						hint.nanoseconds & ~HINT_ON_MOUNT);
-
-		if (pushed < 0) {
-			ret->dropped++;
-			continue;
-		}
-		ret->hints++;
-		pages += pushed;
+		records++;
+		left -= part_push(&reader->part, hints, lane, left);
 	}
-	ret->pages += pages;
+	ret->hints += records;
+	ret->pages += pages - left;
 	// The caller looks again after arming only if something came in between: then `head` has moved.
 	if (arm && __atomic_exchange_n(&ring->waiting, 1, __ATOMIC_SEQ_CST) == 0)
 		ret->armed = 1;
-	return __atomic_load_n(&ring->head, __ATOMIC_SEQ_CST) != reader->tail;
+	return __atomic_load_n(&ring->head, __ATOMIC_SEQ_CST) != reader->tail || reader->part.page != reader->part.end;
+}
+
+int udd_hints_waiting(const struct udd_hint_ring *ring, const struct udd_hint_reader *reader)
+{
+	return __atomic_load_n(&ring->head, __ATOMIC_RELAXED) != reader->tail || reader->part.page != reader->part.end;
 }
 
 static int hinted_compare(const void *left, const void *right)
@@ -334,39 +447,91 @@ static int hinted_compare(const void *left, const void *right)
 	return a->address < b->address ? -1 : a->address > b->address;
 }
 
+// Shares `pages` out evenly: a lane that has less leaves the rest to the others.
+static void quotas_set(struct udd_hints *hints, size_t pages)
+{
+	struct lane *end = hints->lanes + hints->lane_count;
+	size_t left = pages, given;
+	uint32_t wanting;
+
+	for (struct lane *lane = hints->lanes; lane < end; lane++)
+		lane->quota = 0;
+	do {
+		wanting = 0;
+		given = 0;
+		for (struct lane *lane = hints->lanes; lane < end; lane++)
+			wanting += !lane->held && lane->quota < lane->depth;
+		for (struct lane *lane = hints->lanes; wanting && lane < end; lane++) {
+			size_t more = lane->held ? 0 : lane->depth - lane->quota;
+
+			if (more > left / wanting)
+				more = left / wanting;
+			lane->quota += more;
+			given += more;
+		}
+		left -= given;
+	} while (given);
+	// Less than one each: by turns.
+	for (uint32_t i = 0; left && wanting && i < hints->lane_count; i++) {
+		struct lane *lane = &hints->lanes[hints->turn++ % hints->lane_count];
+
+		if (!lane->held && lane->quota < lane->depth) {
+			lane->quota++;
+			left--;
+		}
+	}
+}
+
 size_t udd_hints_pop(struct udd_hints *hints, size_t pages, struct udd_hinted *ret)
 {
 	size_t count = 0;
 
-	for (; count < pages && hints->top != NONE; count++) {
-		const struct entry *entry = &hints->entries[hints->top];
-		struct udd_hinted *hinted = &ret[count];
+	quotas_set(hints, pages);
+	for (struct lane *lane = hints->lanes; lane < hints->lanes + hints->lane_count; lane++) {
+		for (; lane->quota; lane->quota--, count++) {
+			const struct entry *entry = &hints->entries[lane->top];
+			struct udd_hinted *hinted = &ret[count];
 
-		*hinted = (struct udd_hinted){
-			.address = (entry->key & ((1ULL << 35) - 1)) << UDD_PAGE_SHIFT,
-			.agent = entry->key >> 35,
-			.nanoseconds = entry->nanoseconds,
-		};
-		if (entry->image) {
-			const uint64_t *digest = &hints->images[entry->image - 1].digests[2 * (uint64_t)entry->block];
+			*hinted = (struct udd_hinted){
+				.address = (entry->key & ((1ULL << 35) - 1)) << UDD_PAGE_SHIFT,
+				.agent = lane->agent,
+				.nanoseconds = entry->nanoseconds,
+			};
+			if (entry->image) {
+				const uint64_t *digest = &hints->images[entry->image - 1].digests[2 * (uint64_t)entry->block];
 
-			// Zero pages are the agent's business: let it look.
-			if (digest[0] != hints->zero.low || digest[1] != hints->zero.high)
-				memcpy(hinted->digest, digest, sizeof(hinted->digest));
+				// Zero pages are the agent's business: let it look.
+				if (digest[0] != hints->zero.low || digest[1] != hints->zero.high)
+					memcpy(hinted->digest, digest, sizeof(hinted->digest));
+			}
+			entry_release(hints, lane, lane->top);
 		}
-		entry_release(hints, hints->top);
 	}
 	qsort(ret, count, sizeof(*ret), hinted_compare);
 	return count;
 }
 
+int udd_hints_hold(struct udd_hints *hints, uint32_t agent, int hold)
+{
+	struct lane *lane = hold ? lane_open(hints, agent) : lane_find(hints, agent);
+
+	if (!lane)
+		return hold ? -ENOMEM : 0;
+	if (lane->held != !!hold)
+		hints->held += hold ? lane->depth : -lane->depth;
+	lane->held = hold;
+	return 0;
+}
+
 void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent)
 {
-	for (uint32_t i = hints->top, older; i != NONE; i = older) {
-		older = hints->entries[i].older;
-		if (hints->entries[i].key >> 35 == agent)
-			entry_release(hints, i);
-	}
+	struct lane *lane = lane_find(hints, agent);
+
+	if (!lane)
+		return;
+	while (lane->depth)
+		entry_release(hints, lane, lane->top);
+	memmove(lane, lane + 1, (hints->lanes + hints->lane_count-- - (lane + 1)) * sizeof(*lane));
 }
 
 size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.engine import UDEDUP, udedup
+from support.users import NOBODY, as_nobody
 
 from udedup.commands import host
-
-NOBODY = 65534
 
 
 @pytest.mark.parametrize(
@@ -43,21 +42,18 @@ def test_old_kernel_is_one_line(argv: tuple[str, ...], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def as_nobody(*argv: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Runs the command as a user with one right: to read files, for this project may lie where only root can."""
-    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    drop += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+def nobody_runs(*argv: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Runs the command as a user without rights."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("UDEDUP", "XDG"))}
-    return subprocess.run(
-        [*drop, *UDEDUP, *map(str, argv)], capture_output=True, text=True, check=False, timeout=30, env=environment
-    )
+    command = [*as_nobody(), *UDEDUP, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, env=environment)
 
 
 @pytest.mark.require("root", "userfaultfd-move")
 @pytest.mark.parametrize("argv", [("run", "true"), ("engine",)])
 def test_no_permission_for_userfaultfd_is_one_line(argv: tuple[str, ...], open_folder: Path) -> None:
     require_closed_userfaultfd()
-    done = as_nobody(argv[0], "--socket", open_folder / "socket", *argv[1:])
+    done = nobody_runs(argv[0], "--socket", open_folder / "socket", *argv[1:])
     assert done.returncode == 1
     assert done.stderr.startswith(f"udedup: no permission for userfaultfd as uid {NOBODY}")
     assert done.stderr.count("\n") == 1
@@ -93,7 +89,7 @@ def test_doctor_is_content_here() -> None:
 @pytest.mark.require("root", "userfaultfd-move")
 def test_doctor_tells_what_to_do() -> None:
     require_closed_userfaultfd()
-    done = as_nobody("doctor", "--json")
+    done = nobody_runs("doctor", "--json")
     assert done.returncode == 1
     failed = {check["name"]: check for check in json.loads(done.stdout) if not check["passed"]}
     assert "udedup engine` as root" in failed["userfaultfd"]["advice"]

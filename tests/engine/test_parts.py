@@ -5,6 +5,8 @@ import math
 import mmap
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from udedup.engine.accounting import LeadTimes
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import DomainRules
-from udedup.engine.wire import HEADER, SHARED_BYTES, refusal
+from udedup.engine.wire import HEADER, SHARED_BYTES, AgentError, refusal
 from udedup.errors import UdedupError
 
 PAGE = 4096
@@ -40,6 +42,7 @@ PAGE = 4096
         ({"advisor": ScanTimeTarget(max_cpu=101)}, "CPU limit is 101%"),
         ({"advisor": ScanTimeTarget(min_pages_to_scan=2, max_pages_to_scan=1)}, "2 to 1, are no range"),
         ({"images": ((None, Path("/x")),)}, "mount"),
+        ({"shared_domains": frozenset({"fleet"})}, "'fleet' is shared, but no user"),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], text: str) -> None:
@@ -53,10 +56,62 @@ def test_default_settings_are_possible() -> None:
 
 @pytest.mark.parametrize(
     ("uid", "label", "allowed"),
-    [(1000, "", True), (0, "x", True), (500, "x", True), (1000, "x", False), (1000, "a", True), (1001, "a", False)],
+    [
+        (1000, "", True),
+        (0, "x", True),
+        (500, "x", True),
+        (1000, "x", False),
+        (1000, "a", True),
+        (1001, "a", False),
+        (1001, "private", True),
+        (1001, "off", True),
+    ],
 )
 def test_domain_rules(uid: int, label: str, allowed: bool) -> None:
-    assert DomainRules(500, frozenset({(1000, "a")})).permits(uid, label) is allowed
+    rules = DomainRules(500, frozenset({(1000, "a")}))
+    assert rules.permits(uid, label) is allowed
+    if not allowed:
+        with pytest.raises(AgentError, match=f"'{label}' is not allowed for uid {uid}"):
+            rules.key(uid, label, 1)
+
+
+ALLOWED = frozenset({(1000, "a"), (1001, "a"), (1000, "fleet"), (1001, "fleet")})
+RULES = DomainRules(500, ALLOWED, shared=frozenset({"fleet"}), unmapped_uid=65534)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        ((1000, "", 1), (1000, "", 2), True),
+        ((1000, "", 1), (1001, "", 2), False),
+        ((1000, "a", 1), (1000, "a", 2), True),
+        ((1000, "a", 1), (1000, "", 2), False),
+        ((1000, "a", 1), (1001, "a", 2), False),  # a label is not shared unless the configuration says so
+        ((1000, "fleet", 1), (1001, "fleet", 2), True),
+        ((1000, "fleet", 1), (0, "fleet", 2), False),  # root may use it, but is not among those who share it
+        ((1000, "fleet", 1), (1000, "", 2), False),
+        ((1000, "private", 1), (1000, "private", 2), False),
+        ((65534, "", 1), (65534, "", 2), False),  # two users that the engine can't tell apart
+    ],
+)
+def test_who_is_together(one: tuple[int, str, int], other: tuple[int, str, int], together: bool) -> None:
+    assert (RULES.key(*one) == RULES.key(*other)) is together
+
+
+def test_off_is_in_no_domain() -> None:
+    with pytest.raises(AgentError, match="left alone"):
+        RULES.key(1000, "off", 1)
+
+
+def test_unmapped_users_are_known_as_such() -> None:
+    """The kernel shows everybody outside an engine's user namespace as the same uid."""
+    program = "from udedup.engine.domain import unmapped_uid; print(unmapped_uid())"
+    inside = [sys.executable, "-c", program]
+    assert subprocess.run(inside, capture_output=True, text=True, check=True).stdout == "None\n"
+    done = subprocess.run(["unshare", "--map-root-user", *inside], capture_output=True, text=True, check=False)
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"no user namespaces: {done.stderr}")
+    assert done.stdout.strip() == Path("/proc/sys/kernel/overflowuid").read_text().strip()
 
 
 def test_layout_of_the_shared_area() -> None:

@@ -6,16 +6,19 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from engine.conftest import Running, Start
 from engine.fake_agent import HEADER, PAGE, FakeAgent, page
 
 from udedup._native import lib
+from udedup.engine.link import peer_of
 from udedup.errors import UdedupError
 
 Warnings = Callable[[], list[str]]
@@ -276,6 +279,61 @@ async def test_labels_and_users_are_apart(start: Start) -> None:
     await merge_all_of(engine, first, third)
     assert not second.placed
     assert {agent["domain"] for agent in (await engine.status())["agents"]} == {"red", "blue"}
+
+
+async def test_private_processes_share_with_themselves_only(start: Start) -> None:
+    engine = await start()
+    twice = memory(50) | memory(50, base=2 * BASE)
+    first = await engine.join(FakeAgent(engine.path, dict(twice), label="private"))
+    second = await engine.join(FakeAgent(engine.path, dict(twice), label="private"))
+    third = await engine.join(FakeAgent(engine.path, memory(50)))
+    await merge_all_of(engine, first, second)
+    assert set(first.segments).isdisjoint(second.segments)
+    assert not third.placed
+    status = await engine.status()
+    assert (status["pages_shared"], status["pages_sharing"]) == (100, 100)
+    await trio.to_thread.run_sync(first.leave)
+
+    async def gone() -> bool:
+        return bool((await engine.status())["store"]["segments"] == 1)
+
+    await engine.until(gone, "its store ends with it")
+    assert first.read(BASE) == page(1)
+
+
+async def test_users_share_a_domain_only_where_the_configuration_says_so(start: Start) -> None:
+    users = frozenset({(os.geteuid(), label) for label in ("fleet", "web")} | {(4711, "fleet"), (4711, "web")})
+    engine = await start(allowed_domains=users, shared_domains=frozenset({"fleet"}))
+    agents = {}
+    for uid in (os.geteuid(), 4711):
+        for label in ("fleet", "web"):
+            with credentials_of(uid):
+                agents[uid, label] = await engine.join(FakeAgent(engine.path, memory(50), label=label))
+    fleet = [agent for (_, label), agent in agents.items() if label == "fleet"]
+    await merge_all_of(engine, *fleet)
+    assert fleet[0].placed == fleet[1].placed
+
+    async def scanned() -> bool:
+        return bool((await engine.status())["full_scans"] > 10)
+
+    await engine.until(scanned, "scanned")
+    assert not any(agent.placed for (_, label), agent in agents.items() if label == "web")
+
+
+@contextmanager
+def credentials_of(uid: int) -> Iterator[None]:
+    """The engine takes whoever connects meanwhile for this user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("udedup.engine.server.peer_of", lambda sock: attrs.evolve(peer_of(sock), uid=uid))
+        yield
+
+
+async def test_who_wants_to_be_left_alone_is(start: Start) -> None:
+    engine = await start()
+    agent = await engine.join(FakeAgent(engine.path, memory(10), label="off"))
+    assert "left alone" in agent.refused
+    assert await engine.ask(op="check_domain", label="off")
+    assert (await engine.status())["agents"] == []
 
 
 async def merge_all_of(engine: Running, *agents: FakeAgent) -> None:

@@ -67,6 +67,8 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "stress-ng": _program("stress-ng"),
     "memtester": _program("memtester"),
     "setcap": _program("setcap"),
+    "strace": _program("strace"),
+    "systemd": _program("systemd-analyze"),
     "mke2fs": _program("mke2fs"),
     "fuse2fs": _program("fuse2fs"),
     "cpython-tests": lambda: (

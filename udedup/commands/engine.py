@@ -5,12 +5,24 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udedup.commands.host import require_host
-from udedup.commands.options import add_advisor_options, allowed_domain, count, image_argument, ratio
+from udedup.commands.options import (
+    add_advisor_options,
+    allowed_domain,
+    count,
+    group,
+    image_argument,
+    ratio,
+    socket_mode,
+)
 from udedup.engine.policies import POLICIES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
+
+if TYPE_CHECKING:
+    from udedup.commands.settings import Settings
 
 COLLECT_AFTER = 20_000
 """Objects made until Python looks for garbage; its default is 700."""
@@ -21,12 +33,26 @@ _PR_SET_PDEATHSIG = 1
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``udedup engine``."""
     parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings; options given here go before them (default: /etc/udedup.toml for root, "
+        "$XDG_CONFIG_HOME/udedup/udedup.toml for others, if it is there)",
+    )
+    parser.add_argument(
         "--socket",
         type=Path,
         default=default_socket(),
         metavar="PATH",
         help="where to listen (default: $UDEDUP_SOCKET, else %(default)s)",
     )
+    parser.add_argument(
+        "--socket-mode",
+        type=socket_mode,
+        metavar="MODE",
+        help="permissions of the socket: who may connect. 666 serves all users (default: 600, with a group 660)",
+    )
+    parser.add_argument("--socket-group", type=group, metavar="GROUP", help="let this group's users connect")
     parser.add_argument("--mount", type=Path, metavar="DIR", help="an empty directory to show the images in")
     parser.add_argument(
         "--image",
@@ -35,6 +61,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]PATH",
         help="show this raw disk image, read-only, as DIR/NAME (default: its own name); may be repeated",
+    )
+    parser.add_argument(
+        "--allow-other",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let other users read those images in the mount whose files they may read (default: no)",
     )
     parser.add_argument(
         "--policy",
@@ -94,17 +126,32 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="UID:LABEL",
         help="let programs of user UID join the trust domain LABEL; may be repeated",
     )
+    parser.add_argument(
+        "--max-map-count",
+        type=count(1),
+        metavar="N",
+        help="raise vm.max_map_count to N while the engine runs: each run of shared pages is a mapping (root only)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("error", "warning", "info", "debug"),
+        default="warning",
+        help="what to log on stderr (default: %(default)s)",
+    )
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end when this process does (`udedup run`)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then leaves the programs merged and on their own."""
-    if args.image and args.mount is None:
-        args.subparser.error("--image needs --mount DIR to show it in")
     if args.parent is not None:
         _end_with(args.parent)
+    settings = _settings(args)
+    # The command line goes before the file: what it sets is set last.
+    args = args.subparser.parse_args(args.words, args.subparser.parse_args(settings.words))
+    if args.image and args.mount is None:
+        args.subparser.error("--image needs --mount DIR to show it in")
     require_host()
-    logging.basicConfig(format="udedup: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="udedup: %(message)s", level=args.log_level.upper())
 
     import gc
 
@@ -113,6 +160,10 @@ def run(args: argparse.Namespace) -> int:
     from udedup.engine.advisor import ScanTimeTarget
     from udedup.engine.config import EngineConfig, Ready
     from udedup.engine.server import run_engine
+    from udedup.engine.service import Service
+
+    # What is set there is not meant for an engine that a command started for itself.
+    service = Service() if args.parent is not None else Service.take(os.environ)
 
     advisor = ScanTimeTarget(
         seconds=args.advisor_target_scan_time,
@@ -121,9 +172,12 @@ def run(args: argparse.Namespace) -> int:
         max_pages_to_scan=args.advisor_max_pages_to_scan,
     )
     config = EngineConfig(
-        socket=args.socket.absolute(),
+        socket=service.socket_path or args.socket.absolute(),
+        socket_mode=args.socket_mode,
+        socket_group=args.socket_group,
         mount=None if args.mount is None else args.mount.absolute(),
         images=tuple(args.image),
+        allow_other=args.allow_other,
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,
@@ -133,7 +187,11 @@ def run(args: argparse.Namespace) -> int:
         smart_scan=args.smart_scan,
         hint_slots=args.hint_slots,
         huge_page_threshold=args.huge_page_threshold,
-        allowed_domains=frozenset(args.allow_domain),
+        allowed_domains=frozenset(args.allow_domain) | settings.allowed,
+        shared_domains=settings.shared,
+        map_count=args.max_map_count,
+        drop_privileges=True,
+        service=service,
     )
 
     def announce(ready: Ready) -> None:
@@ -167,6 +225,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(args: argparse.Namespace) -> "Settings":
+    """Reads the file of settings, if there is one. Raises UdedupError."""
+    from udedup.commands.settings import Settings, default_file, load
+
+    path = args.config or default_file()
+    # An engine for one command's life has nobody to ask for domains, and nothing of the file is meant for it.
+    if args.config is None and (args.parent is not None or not path.exists()):
+        return Settings()
+    return load(path, prepare_parser)
+
+
 def _first(group: BaseExceptionGroup[UdedupError]) -> UdedupError:
     """Returns the first leaf: what failed first is what the user can mend."""
     error: BaseException = group
@@ -178,8 +247,8 @@ def _first(group: BaseExceptionGroup[UdedupError]) -> UdedupError:
 
 def _end_with(parent: int) -> None:
     """Asks the kernel for SIGTERM once the parent dies. Raises UdedupError if it is dead already."""
-    import ctypes
+    from udedup.prctl import prctl
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise UdedupError(f"the process {parent} that wanted this engine has ended")

@@ -30,7 +30,10 @@ _USERFAULTFD_IOC_NEW = 0xAA00  # _IO(0xAA, 0x00)
 _UFFDIO_API = 0xC018AA3F  # _IOWR(0xAA, 0x3F, struct uffdio_api)
 _UFFD_API = 0xAA
 _SYS_USERFAULTFD = 323  # x86-64
-_LIBRARY = Path(__file__).parent.parent / "libudedup.so"
+
+AGENT_NAME = "libudedup.so"
+
+_LIBRARY = Path(__file__).parent.parent / AGENT_NAME
 
 
 class Userfaultfd(NamedTuple):

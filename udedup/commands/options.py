@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from udedup.labels import LABEL_BYTES_MAX, RESERVED
 from udedup.places import engine_socket
-
-_LABEL_BYTES_MAX = 63
-"""What a hello message holds besides the NUL (UDD_LABEL_MAX in native/common/wire.h)."""
 
 
 def add_socket_option(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +97,42 @@ def allowed_domain(text: str) -> tuple[int, str]:
     uid, separator, label = text.partition(":")
     if not (separator and uid.isascii() and uid.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not UID:LABEL")
-    return int(uid), domain_label(label)
+    return int(uid), named_label(label)
+
+
+def named_label(text: str) -> str:
+    """Parses a label that a configuration can give: not a reserved one."""
+    label = domain_label(text)
+    if label in RESERVED:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has a meaning of its own, and every user may take it: choose another"
+        )
+    return label
+
+
+def socket_mode(text: str) -> int:
+    """Parses permissions of the socket, octal: those of a file without any that execute."""
+    if not (text and set(text) <= set("01234567") and int(text, 8) & ~0o666 == 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mode of a socket: give three octal digits such as 660 or 666")
+    return int(text, 8)
+
+
+def group(text: str) -> int:
+    """Parses a group's name or number."""
+    import grp
+
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
 
 
 def domain_label(text: str) -> str:
     """Parses the label of a trust domain: short, and fit for a line of a table."""
     if not text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is no label: it must have characters, all printable")
-    if len(text.encode()) > _LABEL_BYTES_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is longer than {_LABEL_BYTES_MAX} bytes")
+    if len(text.encode()) > LABEL_BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is longer than {LABEL_BYTES_MAX} bytes")
     return text

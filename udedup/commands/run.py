@@ -8,10 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from udedup.commands.host import agent_library, kernel_refusal, require_host
+from udedup.commands.host import AGENT_NAME, agent_library, kernel_refusal, require_host
 from udedup.commands.options import add_socket_option, domain_label
 from udedup.commands.program import ProgramError, execute, find_program
 from udedup.errors import UdedupError
+from udedup.labels import OFF
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--domain",
         type=domain_label,
         metavar="LABEL",
-        help="share only with programs of this trust domain (the engine must allow it; default: the user's own)",
+        help="share only with programs of this trust domain (the engine must allow it; default: the user's own); "
+        "private: with nobody but itself; off: not at all",
     )
     parser.add_argument(
         "--keep-ksm",
@@ -38,11 +40,15 @@ def run(args: argparse.Namespace) -> int:
     if not argv:
         args.subparser.error("no command given")
     environment = dict(os.environ)
+    if args.domain == OFF:
+        environment = unwrapped_environment(environment)
     try:
         program = find_program(argv, environment)
     except ProgramError as error:
         print(f"udedup: {error}", file=sys.stderr)
         return error.status
+    if args.domain == OFF:
+        return execute(program, environment)
     if program.obstacle:
         print(
             f"udedup: {program.path} {program.obstacle}: the agent cannot enter it, it runs without sharing memory",
@@ -86,10 +92,23 @@ def wrapped_environment(
     environment: dict[str, str], args: argparse.Namespace, library: Path, socket: Path
 ) -> dict[str, str]:
     """Returns ``environment`` with what makes the loader bring in the agent, and the agent find its engine."""
-    before = [item for item in environment.get("LD_PRELOAD", "").replace(":", " ").split() if item != str(library)]
-    added = {"LD_PRELOAD": ":".join([str(library), *before]), "UDEDUP_SOCKET": str(socket.absolute())}
+    added = {"LD_PRELOAD": ":".join([str(library), *_preloads(environment)]), "UDEDUP_SOCKET": str(socket.absolute())}
     if args.domain is not None:
         added["UDEDUP_DOMAIN"] = args.domain
     if args.keep_ksm:
         added["UDEDUP_KEEP_KSM"] = "1"
     return environment | added
+
+
+def unwrapped_environment(environment: dict[str, str]) -> dict[str, str]:
+    """Returns ``environment`` without what an outer ``udedup run`` has put there."""
+    removed = {"LD_PRELOAD", "UDEDUP_DOMAIN", "UDEDUP_KEEP_KSM"}
+    left = {name: value for name, value in environment.items() if name not in removed}
+    preloads = _preloads(environment)
+    return left | {"LD_PRELOAD": ":".join(preloads)} if preloads else left
+
+
+def _preloads(environment: dict[str, str]) -> list[str]:
+    """What ``environment`` preloads besides the agent."""
+    items = environment.get("LD_PRELOAD", "").replace(":", " ").split()
+    return [item for item in items if Path(item).name != AGENT_NAME]

@@ -7,6 +7,7 @@ or stopped delays its own jobs only. An agent that breaks the rules makes that t
 import contextlib
 import errno
 import logging
+import math
 import os
 import struct
 import time
@@ -68,6 +69,12 @@ UNMERGE_SECONDS = 300.0
 CANDIDATES_PER_PAGE = 2
 """Candidates an agent may have per resident page: stale ones wait for two rounds."""
 
+VISIT_LEAST_PART = 8
+"""A step that does not end a turn is charged at least one part in this many of what was asked for."""
+
+PUBLISH_SECONDS = 2.0
+"""In that time an agent may have as many pages published as it may have candidates."""
+
 RESIDENT_UNKNOWN = 1 << 20
 """Resident pages taken for granted where the kernel's number can't be read."""
 
@@ -80,7 +87,7 @@ class Scanned:
     """Pages, charged against the rate limit."""
 
     wrapped: bool
-    """Whether the end of memory was reached."""
+    """Whether the agent's turn is over: the end of its memory was reached, or more was visited than it can have."""
 
 
 class Job(Protocol):
@@ -198,6 +205,13 @@ class Agent:
         self._changed = 0
         self._drops_lost = 0
         self._huge = HugePages(huge_page_threshold)
+        self._resident = 0
+        """Pages, by what the kernel says."""
+        self._turn = 0
+        """Pages visited since its last turn in the linear scan ended."""
+        self._published = 0
+        """Pages it had published since …"""
+        self._published_since = -math.inf
         self._offered: list[Targets] = []
         """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
         self._working = False
@@ -231,8 +245,14 @@ class Agent:
             resident = int(Path(f"/proc/{self.peer.pid}/statm").read_text(encoding="ascii").split()[1])
         except (OSError, IndexError):
             resident = RESIDENT_UNKNOWN
-        self.domain.index.set_limit(self.number, CANDIDATES_PER_PAGE * resident + REPORTS_MAX)
+        self._resident = resident
+        self.domain.index.set_limit(self.number, self._pages_most)
         self._huge.set_resident(resident)
+
+    @property
+    def _pages_most(self) -> int:
+        """More pages than it has: what it says of more is not believed."""
+        return CANDIDATES_PER_PAGE * self._resident + REPORTS_MAX
 
     def segment_pages(self, segment: int) -> int:
         """Its references into a segment."""
@@ -321,12 +341,19 @@ class Agent:
             self.volatile, self._changed = self._changed, 0
             self.domain.index.next_round(self.number)
             self._huge.next_round()
-            self.refresh_limit()
         self._drain()
         visited = head.visited + answer.value // lib.UDD_SKIPS_PER_VISIT
+        if not head.wrapped:
+            visited = max(visited, pages // VISIT_LEAST_PART)
+        self._turn += visited
+        # Memory that does not end would keep the scan from all others.
+        over = bool(head.wrapped) or self._turn > self._pages_most
+        if over:
+            self._turn = 0
+            self.refresh_limit()
         self._counters.pages_skipped += answer.value
         await self._take_reports(_items(answer.packet, "struct udd_report *", REPORTS_BYTES), answer.count, None)
-        return Scanned(visited, bool(head.wrapped))
+        return Scanned(visited, over)
 
     async def take_hints(self, hinted: Hinted) -> None:
         """Looks up hinted pages, those of images by their known digest, the others after the agent hashed them."""
@@ -439,12 +466,26 @@ class Agent:
         other_count = 0
         # First what the copy area still has from the look at the pages: copying the others overwrites it.
         for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=True):
+            if not self._may_publish(fresh.count):
+                break
             other_count += self._store(fresh, others + other_count)
         for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=False):
-            if await self._copy(fresh):
+            if not self._may_publish(fresh.count):
+                self._counters.merge_deferred += fresh.count
+            elif await self._copy(fresh):
                 other_count += self._store(fresh, others + other_count)
         for targets in planner.by_agent(others, other_count):
             self._others.offer_merge(targets)
+
+    def _may_publish(self, pages: int) -> bool:
+        """Takes so many off what it may have published now: pages that only a liar has would fill the store."""
+        now = trio.current_time()
+        if now - self._published_since > PUBLISH_SECONDS:
+            self._published, self._published_since = 0, now
+        if max(self._published, self.pages_merged) + pages > self._pages_most:
+            return False
+        self._published += pages
+        return True
 
     async def _copy(self, fresh: Fresh) -> bool:
         """Has pages copied to the copy area; False if the agent can't."""

@@ -6,6 +6,7 @@ import attrs
 
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.policies import POLICIES, Policy
+from udedup.engine.service import Service
 from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
@@ -19,7 +20,10 @@ class EngineConfig:
     """Where agents and control clients connect."""
 
     socket_mode: int | None = None
-    """Permissions of the socket; None: 0o666 for root's engine, 0o600 for anybody else's."""
+    """Permissions of the socket; None: 0o600, or 0o660 with a group."""
+
+    socket_group: int | None = None
+    """Gid that the socket is given to; None: it stays the engine's."""
 
     mount: Path | None = None
     """Directory to mount the images on; None: no mount."""
@@ -66,6 +70,9 @@ class EngineConfig:
     allowed_domains: frozenset[tuple[int, str]] = frozenset()
     """(uid, label) pairs that may be used besides those of root and of the engine's own user."""
 
+    shared_domains: frozenset[str] = frozenset()
+    """Labels of ``allowed_domains`` whose users share one domain; under all others each user has one of its own."""
+
     agents_max: int = 4096
     """Connections served at a time."""
 
@@ -74,6 +81,12 @@ class EngineConfig:
 
     map_count: int | None = None
     """Value to raise vm.max_map_count to while the engine runs (root only); None: leave it."""
+
+    drop_privileges: bool = False
+    """Whether to give up all rights that aren't needed (``udedup.engine.privileges``); needs a single thread."""
+
+    service: Service = attrs.field(factory=Service)
+    """What a service manager gave; its socket is used instead of opening one at ``socket``."""
 
     retire_seconds: float = 2.0
     """Pause between looks for segments that are mostly dead, s."""
@@ -99,6 +112,9 @@ class EngineConfig:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
         if not 0 <= self.huge_page_threshold <= HUGE_PAGES:
             raise UdedupError(f"huge page threshold is {self.huge_page_threshold} pages: give 0 to {HUGE_PAGES}")
+        unused = self.shared_domains - {label for _, label in self.allowed_domains}
+        if unused:
+            raise UdedupError(f"domain {min(unused)!r} is shared, but no user may use it")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
 

@@ -1,11 +1,12 @@
 """Trust domains: pages are compared and shared only inside one.
 
-A process's domain is the user it runs as, from the kernel, and a label that this user may use. Each domain has its own
-index and its own store.
+A process's domain is the user it runs as, from the kernel, and a label that this user may use; where the configuration
+says so, several users share one label's domain. Each domain has its own index and its own store.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import attrs
 import trio
@@ -13,9 +14,35 @@ import trio
 from udedup.engine.index import Index
 from udedup.engine.store import SegmentNumbers, Store
 from udedup.engine.wire import AgentError
+from udedup.labels import OFF, PRIVATE, RESERVED
 
 TURN_SECONDS = 0.02
 """How long an agent's pages wait for another's to be stored."""
+
+UID_MAP = Path("/proc/self/uid_map")
+OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
+
+
+@attrs.frozen
+class DomainKey:
+    """What tells one domain from another: processes with equal keys may share."""
+
+    uid: int | None
+    """The user; None: of all users who may use the label."""
+
+    label: str
+    """Empty: none."""
+
+    agent: int = 0
+    """Number of the one agent that is in it; 0: there may be many."""
+
+
+def unmapped_uid() -> int | None:
+    """As which uid all users appear whom the engine's user namespace doesn't know; None if it knows every user."""
+    fields = UID_MAP.read_text(encoding="ascii").split()
+    if fields == ["0", "0", str(0xFFFFFFFF)]:
+        return None
+    return int(OVERFLOW_UID.read_text(encoding="ascii"))
 
 
 @attrs.frozen
@@ -28,28 +55,41 @@ class DomainRules:
     allowed: frozenset[tuple[int, str]]
     """Further (uid, label) pairs."""
 
-    def permits(self, uid: int, label: str) -> bool:
-        """Whether processes of ``uid`` may be in their user's domain ``label``; the empty one is everybody's."""
-        return not label or uid in (0, self.own_uid) or (uid, label) in self.allowed
+    shared: frozenset[str] = frozenset()
+    """Labels whose users are in one domain: those of ``allowed`` only, root and the engine's user must be named too."""
 
-    def check(self, uid: int, label: str) -> None:
-        """Raises AgentError if not."""
+    unmapped_uid: int | None = None
+    """A uid that may be anybody's (see :func:`unmapped_uid`): such processes share with themselves only."""
+
+    def permits(self, uid: int, label: str) -> bool:
+        """Whether processes of ``uid`` may ask for ``label``; the empty one and the reserved ones are everybody's."""
+        return not label or label in RESERVED or uid in (0, self.own_uid) or (uid, label) in self.allowed
+
+    def key(self, uid: int, label: str, agent: int) -> DomainKey:
+        """The domain of an agent. Raises AgentError if it may not be in one."""
         if not self.permits(uid, label):
             raise AgentError(self.explain(uid, label))
+        if label == OFF:
+            raise AgentError("it asked to be left alone: its domain label is 'off'")
+        if label == PRIVATE or uid == self.unmapped_uid:
+            return DomainKey(uid, PRIVATE, agent)
+        if label in self.shared and (uid, label) in self.allowed:
+            return DomainKey(None, label)
+        return DomainKey(uid, label)
 
     def explain(self, uid: int, label: str) -> str:
         """Why not, and what to do."""
         return (
-            f"domain label {label!r} is not allowed for uid {uid}: start the engine with --allow-domain {uid}:{label}"
+            f"domain label {label!r} is not allowed for uid {uid}: name the user under [domains] in udedup.toml, "
+            f"or start the engine with --allow-domain {uid}:{label}"
         )
 
 
 class Domain:
     """One trust domain."""
 
-    def __init__(self, uid: int, label: str, numbers: SegmentNumbers) -> None:
-        self.uid = uid
-        self.label = label
+    def __init__(self, key: DomainKey, numbers: SegmentNumbers) -> None:
+        self.key = key
         self.index = Index()
         self.store = Store(numbers)
         self._publishing = trio.Lock()
@@ -69,6 +109,39 @@ class Domain:
                 self._publishing.release()
 
     @property
+    def label(self) -> str:
+        """Of its processes; empty: none."""
+        return self.key.label
+
+    @property
     def name(self) -> str:
         """For people."""
-        return f"{self.uid}:{self.label}" if self.label else str(self.uid)
+        owner = "shared" if self.key.uid is None else str(self.key.uid)
+        return f"{owner}:{self.label}" if self.label else owner
+
+
+class Domains:
+    """All domains of one engine."""
+
+    def __init__(self, rules: DomainRules, numbers: SegmentNumbers) -> None:
+        self._rules = rules
+        self._numbers = numbers
+        self._domains: dict[DomainKey, Domain] = {}
+
+    def __iter__(self) -> Iterator[Domain]:
+        return iter(list(self._domains.values()))
+
+    @contextmanager
+    def membership(self, uid: int, label: str, agent: int) -> Iterator[Domain]:
+        """The domain of an agent, for as long as it is there. Raises AgentError if it may not be in one.
+
+        A domain that nobody else can ever be in ends with its agent.
+        """
+        key = self._rules.key(uid, label, agent)
+        if key not in self._domains:
+            self._domains[key] = Domain(key, self._numbers)
+        try:
+            yield self._domains[key]
+        finally:
+            if key.agent:
+                self._domains.pop(key).store.close()

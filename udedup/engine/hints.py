@@ -1,4 +1,4 @@
-"""The hint stack: pages with new content, newest first.
+"""The hint stack: pages with new content, the newest of each agent first, and as many of each as of the others.
 
 A thin cover over native/engine/hints.c, which says how it works.
 """
@@ -44,13 +44,13 @@ class Drained:
     """Records taken."""
 
     dropped: int
-    """Records lost: overwritten, malformed or too many."""
+    """Records lost: overwritten or malformed."""
 
     armed: bool
     """Whether one more doorbell may come."""
 
     more: bool
-    """Whether something came in meanwhile."""
+    """Whether something is left, or came in meanwhile."""
 
 
 class HintRing:
@@ -60,9 +60,14 @@ class HintRing:
         self.ring = ring
         self.reader = ffi.new("struct udd_hint_reader *")
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to drain."""
+        return bool(lib.udd_hints_waiting(self.ring, self.reader))
+
 
 class HintStack:
-    """Bounded; the newest hint comes out first, the oldest falls off."""
+    """Bounded; the newest hint comes out first, the oldest of who has most falls off."""
 
     def __init__(self, slots: int) -> None:
         self._handle = ffi.gc(lib.udd_hints_create(slots), lib.udd_hints_destroy)
@@ -71,11 +76,12 @@ class HintStack:
         self._digests: list[CData] = []
 
     def __len__(self) -> int:
+        """Pages that can be popped."""
         return int(lib.udd_hints_depth(self._handle))
 
     @property
     def overwritten(self) -> int:
-        """Pages that fell off the bottom, cumulative."""
+        """Pages that fell off, cumulative."""
         return int(lib.udd_hints_overwritten(self._handle))
 
     def add_image(self, inode: int, digests: mmap.mmap, size: int) -> None:
@@ -89,16 +95,20 @@ class HintStack:
         )
         self._digests.append(view)
 
-    def drain(self, agent: int, ring: HintRing, *, arm: bool) -> Drained:
-        """Takes in an agent's ring; ``arm``: have it ring for the next hint. Raises AgentError if the ring lies."""
+    def drain(self, agent: int, ring: HintRing, *, pages: int, arm: bool) -> Drained:
+        """Takes in up to ``pages`` pages of an agent's ring; ``arm``: have it ring for the next hint.
+
+        Raises AgentError if the ring lies.
+        """
         counts = ffi.new("struct udd_drain_counts *")
         more = check(
-            lib.udd_hints_drain(self._handle, agent, ring.ring, ring.reader, arm, counts), "the head of its hint ring"
+            lib.udd_hints_drain(self._handle, agent, ring.ring, ring.reader, pages, arm, counts),
+            "the head of its hint ring",
         )
         return Drained(counts.hints, counts.dropped, bool(counts.armed), bool(more))
 
     def pop(self, pages: int) -> Iterator[Hinted]:
-        """Takes up to ``pages`` pages from the top, grouped by agent."""
+        """Takes up to ``pages`` pages, as many of each agent as of the others and its newest, grouped by agent."""
         popped = ffi.new("struct udd_hinted[]", min(pages, len(self)))
         left = lib.udd_hints_pop(self._handle, len(popped), popped)
         array = popped + 0
@@ -107,6 +117,10 @@ class HintStack:
             yield Hinted(array[0].agent, array, count, popped)
             array += count
             left -= count
+
+    def hold(self, agent: int, hold: bool) -> None:
+        """Pops nothing of an agent for now, or does so again."""
+        check(lib.udd_hints_hold(self._handle, agent, hold), "a place for an agent's hints")
 
     def forget_agent(self, agent: int) -> None:
         """Removes an agent's hints."""

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -12,23 +13,36 @@ from pathlib import Path
 
 from udedup.errors import UdedupError
 
+log = logging.getLogger(__name__)
+
 BACKLOG = 128
 LOCK_SECONDS = 2.0
 
 
 @contextmanager
-def listening(path: Path, mode: int | None) -> Iterator[socket.socket]:
-    """A listening socket at ``path``, removed again at the end. Raises UdedupError."""
+def listening(path: Path, mode: int | None, group: int | None = None) -> Iterator[socket.socket]:
+    """A listening socket at ``path``, removed again at the end. Raises UdedupError.
+
+    ``mode`` are its permissions (None: the engine's user may connect, and ``group``), ``group`` a gid (None: no other).
+    """
     with _folder_lock(path.parent):
         _make_way(path)
-        sock = _bind(path, mode)
+        sock = _bind(path, mode, group)
     with sock:
         identity = _identity(path)
         try:
             yield sock
         finally:
             if identity is not None and _identity(path) == identity:
-                path.unlink()
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file that stays does no harm: the next engine replaces it."""
+    try:
+        path.unlink()
+    except OSError as error:
+        log.warning("the socket %s stays there: %s", path, error.strerror)
 
 
 @contextmanager
@@ -81,9 +95,9 @@ def _make_way(path: Path) -> None:
     raise UdedupError(f"an engine runs on {path} already: use it, or name another socket with --socket")
 
 
-def _bind(path: Path, mode: int | None) -> socket.socket:
+def _bind(path: Path, mode: int | None, group: int | None) -> socket.socket:
     if mode is None:
-        mode = 0o666 if os.geteuid() == 0 else 0o600
+        mode = 0o600 if group is None else 0o660
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         before = os.umask(0o777)
@@ -92,6 +106,8 @@ def _bind(path: Path, mode: int | None) -> socket.socket:
         finally:
             os.umask(before)
         sock.listen(BACKLOG)
+        if group is not None:
+            os.chown(path, -1, group)
         path.chmod(mode)
     except OSError as error:
         sock.close()

@@ -5,23 +5,29 @@ several agents are worked with at a time. An agent that does not answer promptly
 """
 
 import time
+from collections import Counter
 from functools import partial
 
 import trio
 
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent, Scanned, agents_cpu_seconds
-from udedup.engine.hints import HintStack
+from udedup.engine.hints import Hinted, HintStack
 from udedup.engine.planner import Targets
 from udedup.engine.scheduler import Step
 from udedup.engine.wire import REPORTS_MAX, AgentError
 
-PATIENCE = 0.25
+PATIENCE = 0.02
 """How long others wait for an agent's answer, s. It may answer later (see EngineConfig.answer_seconds), but alone."""
 
-TAKE_A_BREATH = 0.005
-"""Pause when all agents that are due are busy, s."""
+DRAIN_PAGES = 1 << 15
+"""Hinted pages taken in at a time, from all agents together: the rest stays in the rings, which forget the oldest."""
 
+BUSY_SECONDS = 0.05
+"""How long the linear scan waits when all agents are busy, s."""
+
+VISITS_MAX = 3
+"""Batches of hinted pages that may be under way with one agent."""
 
 HALF_WRITTEN = 0.001
 """Pause while an application thread finishes a hint, s."""
@@ -41,6 +47,11 @@ class Rounds:
         """Agents whose memory this round has not been through yet, in turn."""
         self._scanning: set[int] = set()
         """Numbers of agents with a step of the scan under way."""
+        self._late: set[int] = set()
+        """Numbers of agents whose last step took long, or takes long."""
+        self._stepped = trio.Event()
+        self._visiting: Counter[int] = Counter()
+        """Batches of hinted pages under way, by agent number."""
         self._changed = trio.Event()
 
     # ---- membership ----
@@ -57,6 +68,8 @@ class Rounds:
         self._scanning.discard(agent.number)
         if agent in self._due:
             self._due.remove(agent)
+        self._late.discard(agent.number)
+        del self._visiting[agent.number]
         self._hints.forget_agent(agent.number)
 
     def change(self) -> None:
@@ -103,11 +116,13 @@ class Rounds:
         await changed.wait()
 
     def _drain(self, *, arm: bool) -> bool:
-        """Takes in all rings; whether there are hints now."""
+        """Takes in the rings of all who can be given hints; whether there are hints now."""
         more = False
-        for agent in list(self.agents.values()):
+        agents = [agent for agent in self.agents.values() if self._visiting[agent.number] < VISITS_MAX]
+        pages = DRAIN_PAGES // max(1, sum(agent.area.hints.waiting for agent in agents))
+        for agent in agents:
             try:
-                drained = self._hints.drain(agent.number, agent.area.hints, arm=arm)
+                drained = self._hints.drain(agent.number, agent.area.hints, pages=pages, arm=arm)
                 agent.tend()
             except AgentError as error:
                 agent.fail(error)
@@ -120,60 +135,100 @@ class Rounds:
         return more or len(self._hints) > 0
 
     async def visit_hints(self, pages: int) -> int:
-        """Hands up to ``pages`` hinted pages to their agents; newest first."""
+        """Hands up to ``pages`` hinted pages to their agents, newest first; some may still be under way at the end."""
         self._drain(arm=False)
         visited = 0
         while visited < pages and len(self._hints):
-            async with trio.open_nursery() as nursery:
-                for hinted in self._hints.pop(min(pages - visited, REPORTS_MAX)):
-                    visited += hinted.count
-                    agent = self.agents[hinted.agent]
-                    ticket = agent.submit(partial(agent.take_hints, hinted))
-                    if ticket is None:
-                        self._counters.hints_dropped += hinted.count
-                    else:
-                        nursery.start_soon(ticket.wait, PATIENCE)
+            for hinted in self._hints.pop(min(pages - visited, REPORTS_MAX)):
+                visited += hinted.count
+                agent = self.agents[hinted.agent]
+                if agent.submit(partial(self._visit, agent, hinted)) is None:
+                    self._counters.hints_dropped += hinted.count
+                else:
+                    self._visiting[agent.number] += 1
+                    self._hints.hold(agent.number, self._visiting[agent.number] >= VISITS_MAX)
+        # What was submitted runs in the agents' own tasks: nobody waits for anybody.
+        await trio.lowlevel.checkpoint()
         return visited
+
+    async def _visit(self, agent: Agent, hinted: Hinted) -> None:
+        try:
+            await agent.take_hints(hinted)
+        finally:
+            self._visiting[agent.number] -= 1
+            self._hints.hold(agent.number, False)
+            self.change()
 
     async def scan(self, pages: int) -> Step:
         """Up to ``pages`` pages of the linear scan, not beyond the end of the round."""
         self._drain(arm=False)
         visited = 0
         while visited < pages:
-            ready = [agent for agent in self._due if agent.number not in self._scanning][: self._width]
-            if not ready:
+            if not self._ready():
                 # Who is slow is left out of the rest of this round, unless nobody else is there.
-                if self._scanning.issuperset(self.agents):
-                    await trio.sleep(TAKE_A_BREATH)
+                if not self._scanning.issuperset(self.agents):
+                    return self._end_round(visited)
+                with trio.move_on_after(BUSY_SECONDS) as scope:
+                    await self._stepped.wait()
+                if scope.cancelled_caught:
                     return Step(visited, 0)
-                return self._end_round(visited)
-            share = min(REPORTS_MAX, -(-(pages - visited) // len(ready)))
-            async with trio.open_nursery() as nursery:
-                steps = [Scanned(0, wrapped=False) for _ in ready]
-                for place, agent in enumerate(ready):
-                    nursery.start_soon(self._step, agent, share, steps, place)
-            visited += sum(step.visited for step in steps)
+                continue
+            visited += await self._steps(pages - visited)
         return Step(visited, 0)
 
-    async def _step(self, agent: Agent, pages: int, steps: list[Scanned], place: int) -> None:
-        if not agent.merging:
-            steps[place] = Scanned(0, wrapped=True)
-        else:
-            ticket = agent.submit(partial(self._scan, agent, pages))
-            if ticket is not None:
-                self._scanning.add(agent.number)
-                await ticket.wait(PATIENCE)
-            # Unanswered pages count as visited: a slow agent does not get more than its share.
-            steps[place] = Scanned(pages, wrapped=False) if ticket is None or ticket.result is None else ticket.result
-        if steps[place].wrapped and agent in self._due:
-            self._due.remove(agent)
+    def _ready(self) -> Agent | None:
+        """Who is next."""
+        return next((agent for agent in self._due if agent.number not in self._scanning), None)
 
-    async def _scan(self, agent: Agent, pages: int) -> Scanned:
-        """The part of a step that may outlast the patience with the agent."""
+    async def _steps(self, pages: int) -> int:
+        """Steps of the linear scan, with several agents at a time if there is no rate limit; returns pages visited.
+
+        Ends as soon as they are enough, whoever is not done by then.
+        """
+        visited = 0
+        free = sum(agent.number not in self._scanning for agent in self._due)
+        share = min(REPORTS_MAX, -(-pages // min(self._width, free)))
+        async with trio.open_nursery() as nursery:
+
+            async def turn() -> None:
+                nonlocal visited
+                while visited < pages and (agent := self._ready()) is not None:
+                    visited += await self._step(agent, share)
+                if visited >= pages:
+                    nursery.cancel_scope.cancel()
+
+            for _ in range(min(self._width, free)):
+                nursery.start_soon(turn)
+        return visited
+
+    async def _step(self, agent: Agent, pages: int) -> int:
+        """One agent's; returns pages visited: all if it does not answer promptly, so that it doesn't get more."""
+        if not agent.merging:
+            self._due.remove(agent)
+            return 0
+        ticket = agent.submit(partial(self._scan, agent, pages, trio.current_time(), self._counters.full_scans))
+        if ticket is None:
+            return pages
+        self._scanning.add(agent.number)
+        await ticket.wait(0 if agent.number in self._late else PATIENCE)
+        if ticket.result is None:
+            self._late.add(agent.number)
+            return pages
+        return ticket.result.visited
+
+    async def _scan(self, agent: Agent, pages: int, asked: float, turn: int) -> Scanned:
+        """The part of a step that may outlast the patience with the agent. Who was late is not waited for next time."""
         try:
-            return await agent.scan(pages)
+            step = await agent.scan(pages)
         finally:
             self._scanning.discard(agent.number)
+            self._stepped.set()
+            self._stepped = trio.Event()
+        if trio.current_time() - asked <= PATIENCE:
+            self._late.discard(agent.number)
+        if step.wrapped and turn == self._counters.full_scans and agent in self._due:
+            self._due.remove(agent)
+        return step
 
     def _end_round(self, visited: int) -> Step:
         self._due = list(self.agents.values())

@@ -12,13 +12,13 @@ import resource
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, report
+from udedup.engine import clients, kernel, maplimit, privileges, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -32,7 +32,7 @@ from udedup.engine.clients import (
     UnmergeRequest,
 )
 from udedup.engine.config import EngineConfig, Ready
-from udedup.engine.domain import Domain, DomainRules
+from udedup.engine.domain import Domain, DomainRules, Domains, unmapped_uid
 from udedup.engine.hints import HintStack
 from udedup.engine.link import Link, LinkClosedError, Peer, peer_of, send
 from udedup.engine.listener import listening
@@ -78,8 +78,8 @@ class Engine:
         self.mount_dev = 0
         self.images: Images | None = None
         self._numbers = SegmentNumbers()
-        self._domains: dict[tuple[int, str], Domain] = {}
-        self._rules = DomainRules(os.geteuid(), config.allowed_domains)
+        self._rules = DomainRules(os.geteuid(), config.allowed_domains, config.shared_domains, unmapped_uid())
+        self._domains = Domains(self._rules, self._numbers)
         self._vma_limit = maplimit.vma_limit()
         self._last_number = 0
         self._connections = 0
@@ -92,7 +92,7 @@ class Engine:
     @property
     def domains(self) -> list[Domain]:
         """Those that have or had agents."""
-        return list(self._domains.values())
+        return list(self._domains)
 
     # ---- connections ----
 
@@ -127,7 +127,10 @@ class Engine:
             if packet.startswith(b"{"):
                 await Client(sock, peer, self._perform).serve(packet)
             elif packet:
-                await self._serve_agent(sock, peer, packet)
+                hello = parse_hello(packet)
+                number = self._free_number()
+                with self._domains.membership(peer.uid, hello.label, number) as domain:
+                    await self._serve_agent(sock, peer, hello, number, domain)
         except AgentError as error:
             log.warning("connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
@@ -151,10 +154,8 @@ class Engine:
         except OSError as error:
             log.debug("nobody there to be refused: %s", error.strerror)
 
-    async def _serve_agent(self, sock: socket.socket, peer: Peer, packet: bytes) -> None:
-        hello = parse_hello(packet)
-        self._rules.check(peer.uid, hello.label)
-        agent, link = self._admit(sock, peer, hello)
+    async def _serve_agent(self, sock: socket.socket, peer: Peer, hello: Hello, number: int, domain: Domain) -> None:
+        agent, link = self._admit(sock, peer, hello, number, domain)
         self.counters.agents_joined += 1
         log.debug("%s joined domain %s", agent, agent.domain.name)
         inherits = hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN)
@@ -202,10 +203,8 @@ class Engine:
         if failure is not None:
             raise failure
 
-    def _admit(self, sock: socket.socket, peer: Peer, hello: Hello) -> tuple[Agent, Link]:
+    def _admit(self, sock: socket.socket, peer: Peer, hello: Hello, number: int, domain: Domain) -> tuple[Agent, Link]:
         """Makes the shared area and sends the welcome. Raises AgentError or LinkClosedError."""
-        number = self._free_number()
-        domain = self._domain(peer.uid, hello.label)
         with ExitStack() as stack:
             descriptor = _shared_area()
             stack.callback(os.close, descriptor)
@@ -265,11 +264,6 @@ class Engine:
             self._last_number = self._last_number % (lib.UDD_AGENT_NUMBERS - 1) + 1
             if self._last_number not in self.rounds.agents:
                 return self._last_number
-
-    def _domain(self, uid: int, label: str) -> Domain:
-        if (uid, label) not in self._domains:
-            self._domains[uid, label] = Domain(uid, label, self._numbers)
-        return self._domains[uid, label]
 
     # ---- control ----
 
@@ -390,10 +384,12 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
     config.check()
     _allow_descriptors()
     with (
-        listening(config.socket, config.socket_mode) as listener,
+        _listener(config) as listener,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
     ):
+        if config.drop_privileges:
+            privileges.drop(mount=config.mount is not None)
         scheduler = Scheduler(engine.rounds, config.chosen_policy, engine.pace, sleep_millisecs=config.sleep_millisecs)
         async with trio.open_nursery() as nursery:
             if config.mount is not None:
@@ -407,7 +403,15 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
             nursery.start_soon(Retirement(engine, config.retire_seconds).run)
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
-            await trio.sleep_forever()
+            nursery.start_soon(config.service.show_life)
+            with config.service.serving():
+                await trio.sleep_forever()
+
+
+def _listener(config: EngineConfig) -> AbstractContextManager[socket.socket]:
+    if config.service.listener is not None:
+        return config.service.listening()
+    return listening(config.socket, config.socket_mode, config.socket_group)
 
 
 def _pace(config: EngineConfig) -> Pace:
