@@ -216,6 +216,7 @@ def test_descriptors_nobody_asked_for_are_not_kept(fake: FakeEngine, puppet: Pup
         for task in Path(f"/proc/{puppet.process.pid}/task").iterdir()
         if (task / "comm").read_text().startswith("udedup")
     ][:1]
+    fake.request(lib.UDD_RUNS, struct.pack("<Q", 0))  # answered: it has opened all that it needs
     before = len(list((worker / "fd").iterdir()))
     with open("/dev/null", "rb") as null:  # noqa: PTH123
         for _ in range(10):
