@@ -8,6 +8,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "../common/digest.h"
 #include "engine.h"
@@ -119,9 +121,74 @@ int udd_store_segment(const struct udd_store *store, uint32_t number, struct udd
 	return 0;
 }
 
+int udd_segment_digests(int descriptor, uint64_t *ret)
+{
+	enum { BATCH = 16 };
+	char pages[BATCH * UDD_PAGE_SIZE];
+	const struct udd_digest zero = udd_digest_page(memset(pages, 0, UDD_PAGE_SIZE));
+	int used = 0;
+
+	for (int slot = 0; slot < UDD_SEGMENT_SLOTS; slot += BATCH) {
+		// Not through a mapping: that would give memory to what is empty, and end us where a page can't be read.
+		ssize_t got = pread(descriptor, pages, sizeof(pages), (off_t)slot * UDD_PAGE_SIZE);
+
+		if (got != sizeof(pages))
+			return got < 0 ? -errno : -EIO;
+		udd_digest_pages(pages, BATCH, &ret[2 * slot]);
+		for (int i = slot; i < slot + BATCH; i++) {
+			if (ret[2 * i] == zero.low && ret[2 * i + 1] == zero.high)
+				ret[2 * i] = ret[2 * i + 1] = 0;
+			else
+				used = i + 1;
+		}
+	}
+	return used;
+}
+
+int udd_store_adopt_segment(struct udd_store *store, struct udd_index *index, uint32_t number, void *base, uint32_t used,
+			    const uint64_t *digests)
+{
+	if (used > UDD_SEGMENT_SLOTS)
+		return -EINVAL;
+	int r = udd_store_add_segment(store, number, base);
+
+	if (r < 0)
+		return r;
+	store_find(store, number)->state.used = used;
+	for (uint32_t slot = 0; slot < used; slot++) {
+		const uint64_t *digest = &digests[2 * slot];
+		uint32_t other_segment, other_slot;
+
+		if ((!digest[0] && !digest[1]) || udd_index_find_shared(index, digest, &other_segment, &other_slot))
+			continue;
+		r = udd_index_publish(index, digest, number, slot);
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
 static char *segment_slot(const struct segment *segment, uint32_t slot)
 {
 	return segment->base + (size_t)slot * UDD_PAGE_SIZE;
+}
+
+// Memory for the next slots, as far as there are so many. -ENOMEM if there is none: writing to them would end the engine.
+static int segment_back(const struct segment *segment, size_t slots)
+{
+	uint32_t left = UDD_SEGMENT_SLOTS - segment->state.used;
+	size_t bytes = (slots < left ? slots : left) * UDD_PAGE_SIZE;
+
+	return bytes && madvise(segment_slot(segment, segment->state.used), bytes, MADV_POPULATE_WRITE) ? -ENOMEM : 0;
+}
+
+static size_t count_valid(const uint64_t *valid, size_t from, size_t to)
+{
+	size_t count = 0;
+
+	for (size_t i = from; i < to; i++)
+		count += valid[i / 64] >> i % 64 & 1;
+	return count;
 }
 
 int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t number, const void *copy_area,
@@ -133,6 +200,10 @@ int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t
 
 	if (!segment || count > UDD_COPY_MAX)
 		return -EINVAL;
+	int r = segment_back(segment, count_valid(valid, *position, count));
+
+	if (r < 0)
+		return r;
 	for (; *position < count && segment->state.used < UDD_SEGMENT_SLOTS; ++*position) {
 		size_t i = *position;
 		uint32_t slot = segment->state.used, other_segment, other_slot;
@@ -152,8 +223,7 @@ int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t
 			ret->mismatch++;
 			continue;
 		}
-		int r = udd_index_publish(index, fresh[i].digest, number, slot);
-
+		r = udd_index_publish(index, fresh[i].digest, number, slot);
 		if (r < 0)
 			return r;
 		segment->state.used++;
@@ -174,23 +244,27 @@ int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t fr
 	if (!source || !target || source == target)
 		return -EINVAL;
 	for (; *position < source->state.used && target->state.used < UDD_SEGMENT_SLOTS; ++*position) {
-		uint32_t slot = target->state.used, found_segment, found_slot;
+		struct udd_move *move = &moves[*position];
+		uint32_t slot = target->state.used;
 
-		moves[*position] = (struct udd_move){0};
-		if (!source->counts[*position])
+		if (!source->counts[*position] || move->segment)
 			continue;
-		memcpy(segment_slot(target, slot), segment_slot(source, *position), UDD_PAGE_SIZE);
-		struct udd_digest digest = udd_digest_page(segment_slot(target, slot));
+		struct udd_digest digest = udd_digest_page(segment_slot(source, *position));
 		uint64_t words[2] = {digest.low, digest.high};
 
-		target->state.used++;
-		moves[*position] = (struct udd_move){.segment = to, .slot = slot};
-		if (udd_index_find_shared(index, words, &found_segment, &found_slot) && found_segment == from) {
-			int r = udd_index_publish(index, words, to, slot);
+		if (udd_index_find_shared(index, words, &move->segment, &move->slot) && move->segment != from)
+			continue;
+		*move = (struct udd_move){0};
+		int r = segment_back(target, 1);
 
-			if (r < 0)
-				return r;
-		}
+		if (r < 0)
+			return r;
+		memcpy(segment_slot(target, slot), segment_slot(source, *position), UDD_PAGE_SIZE);
+		r = udd_index_publish(index, words, to, slot);
+		if (r < 0)
+			return r;
+		target->state.used++;
+		*move = (struct udd_move){.segment = to, .slot = slot};
 	}
 	return 0;
 }

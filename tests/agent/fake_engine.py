@@ -13,8 +13,8 @@ from udedup._native import ffi, lib
 
 HEADER = struct.Struct("<IHHIiQ")
 PAGE = 4096
-SEALS = 0x1 | 0x2 | 0x4 | 0x10
-"""F_SEAL_SEAL, SHRINK, GROW, FUTURE_WRITE."""
+SEALS = 0x2 | 0x4 | 0x10
+"""F_SEAL_SHRINK, GROW, FUTURE_WRITE."""
 ADD_SEALS = 1033
 SLOTS = 128
 

@@ -393,15 +393,6 @@ async def test_count_while_pages_break(start: Start, warnings: Warnings) -> None
     assert not warnings()
 
 
-async def test_runs_of_another_engine_count_nothing(start: Start) -> None:
-    engine = await start()
-    child = FakeAgent(engine.path, memory(10), flags=lib.UDD_HELLO_REJOIN)
-    child.engine_id = (1, 2)
-    await engine.join(child)
-    await trio.sleep(0.1)
-    assert lib.UDD_RUNS not in child.requests
-
-
 async def test_lost_drop_records_lead_to_a_recount(start: Start) -> None:
     engine = await start()
     first, _ = await pair(engine, 100)

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from udedup._native import ffi, lib
 from udedup.engine.index import Index
-from udedup.engine.store import F_SEAL_FUTURE_WRITE, SegmentNumbers, Store
+from udedup.engine.store import SEALS, SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import AgentError, check
 
 PAGE = 4096
@@ -31,7 +31,7 @@ class Filled:
     """A store with pages 1 … ``pages`` in it, in order from slot 0 on."""
 
     def __init__(self, pages: int = 0) -> None:
-        self.store = Store(SegmentNumbers())
+        self.store = Store(SegmentNumbers(), segment_prefix(1000, "a-b/c"))
         self.index = Index()
         for start in range(1, pages + 1, lib.UDD_COPY_MAX):
             self.publish([page(n) for n in range(start, min(start + lib.UDD_COPY_MAX, pages + 1))])
@@ -100,15 +100,13 @@ def take(holder: object, runs: object, results: object) -> int:
 def test_seals_and_descriptor() -> None:
     filled = Filled(1)
     descriptor = filled.store.segments[1].descriptor
-    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-    assert seals & wanted == wanted
+    assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
     assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     with pytest.raises(PermissionError):
         mmap.mmap(descriptor, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     with pytest.raises(OSError, match="Invalid argument"):
         os.ftruncate(descriptor, PAGE)
-    assert str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("/memfd:udedup-store")
+    assert str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("/memfd:udedup-store-1000-a-b%2Fc-1 ")
 
 
 def test_slots_follow_each_other_across_batches_and_segments() -> None:
@@ -282,10 +280,11 @@ def test_retirement(live: int) -> None:
     slots = sorted(random.Random(live).sample(range(4096), live))
     for slot in slots:
         lib.udd_holder_adopt(holder, run(slot, 1), 1)
-    (segment,) = store.sparse()
+    (segment,) = store.sparse(0)
     assert segment.number == 1
     store.begin_retirement(segment, filled.index)
-    assert list(store.sparse()) == []
+    store.continue_retirement(segment, filled.index)
+    assert list(store.sparse(0)) == []
     for slot in range(4096):
         place = filled.place(page(slot + 1))
         if slot in slots:
@@ -308,7 +307,7 @@ def test_a_well_used_segment_is_not_retired() -> None:
     filled = Filled(4097)
     holder = filled.holder()
     lib.udd_holder_adopt(holder, run(0, 2048), 1)
-    assert list(filled.store.sparse()) == []
+    assert list(filled.store.sparse(0)) == []
 
 
 def test_check_tells_lies_from_failures() -> None:

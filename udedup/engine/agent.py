@@ -19,6 +19,7 @@ import trio
 
 from udedup.engine import hugepages, planner
 from udedup.engine.accounting import Counters
+from udedup.engine.adoption import Handover
 from udedup.engine.domain import Domain
 from udedup.engine.hints import Hinted, HintRing
 from udedup.engine.hugepages import Areas, HugePages
@@ -192,6 +193,9 @@ class Agent:
         self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
         if self._holder == ffi.NULL:
             raise MemoryError
+        self._handover = Handover(link, domain, counters, str(self))
+        self._uncounted = bool(hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN))
+        """Whether it has runs that are not counted yet."""
         self._sent: set[int] = set()
         self._adopted: set[int] = set()
         self._refused_segment = False
@@ -525,6 +529,8 @@ class Agent:
             for segment in pinned:
                 if not await self._send_segment(segment):
                     unusable.add(segment.number)
+            if self._uncounted:
+                await self.recount()
             if unusable:
                 runs = runs.without(unusable)
             for array, count in runs.chunks(ITEMS_MAX):
@@ -570,6 +576,8 @@ class Agent:
                 log.warning("%s took no store segment: %s", self, os.strerror(-answer.status))
             return False
         self._sent.add(segment.number)
+        # It had this segment from an earlier engine, and runs in it.
+        self._uncounted = self._uncounted or answer.value == 1
         return True
 
     async def unmerge(self) -> int:
@@ -582,14 +590,41 @@ class Agent:
 
     # ---- runs it has already ----
 
+    async def take_over(self) -> None:
+        """Takes over what it can of its runs in segments of earlier engines, and counts all its runs."""
+        segments = await self._handover.collect()
+        for segment in segments:
+            segment.pins += 1
+        try:
+            for segment in segments:
+                await self._send_segment(segment)
+            if self._uncounted:
+                await self.recount()
+        finally:
+            for segment in segments:
+                segment.pins -= 1
+
+    @property
+    def may_hand_over(self) -> bool:
+        """Whether :meth:`take_over` may succeed where it did not before."""
+        return self._handover.unfinished
+
     async def recount(self) -> None:
         """Asks for all its runs and counts them anew: after a fork, a rejoin, or lost drop records."""
+        known = self.pages_merged > 0
+        self.domain.recounts += known
+        try:
+            await self._recount()
+        finally:
+            self.domain.recounts -= known
 
+    async def _recount(self) -> None:
         def take(answer: Answer, array: CData) -> None:
             check(lib.udd_holder_adopt(self._holder, array, answer.count), "a run it says it has")
             self._adopted.update(Runs(array, answer.count).segments() & self.domain.store.segments.keys())
             self._drain()
 
+        self._uncounted = False
         answer = await self._ask_runs(0, RECOUNT)
         check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
         await self._read_runs(answer, RECOUNT, take)

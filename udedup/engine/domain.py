@@ -11,7 +11,8 @@ import attrs
 import trio
 
 from udedup.engine.index import Index
-from udedup.engine.store import SegmentNumbers, Store
+from udedup.engine.link import Strays
+from udedup.engine.store import SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import AgentError
 
 TURN_SECONDS = 0.02
@@ -51,7 +52,13 @@ class Domain:
         self.uid = uid
         self.label = label
         self.index = Index()
-        self.store = Store(numbers)
+        self.store = Store(numbers, segment_prefix(uid, label))
+        self.adopting = trio.Lock()
+        """Held while one segment of an earlier engine is looked at."""
+        self.strays = Strays()
+        """Of its agents."""
+        self.recounts = 0
+        """Agents whose references are being counted anew: until that is done, too few are known."""
         self._publishing = trio.Lock()
 
     @asynccontextmanager

@@ -1,5 +1,6 @@
 """Gives the memory of segments back in which few slots are still in use (see ``udedup.engine.store``)."""
 
+import logging
 from collections.abc import Iterable
 from functools import partial
 from typing import Protocol
@@ -9,6 +10,8 @@ import trio
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
 from udedup.engine.domain import Domain
+
+log = logging.getLogger(__name__)
 
 
 class Household(Protocol):
@@ -42,16 +45,25 @@ class Retirement:
         """Begins, pushes on and finishes retirements."""
         for domain in self._household.domains:
             agents = [agent for agent in self._household.agents if agent.domain is domain]
-            for segment in domain.store.sparse():
-                domain.store.begin_retirement(segment, domain.index)
-            for segment in domain.store.segments.values():
-                if segment.moves is None:
-                    continue
-                for agent in agents:
-                    # Asked again at every look: what was busy the last time may not be now.
-                    if agent.segment_pages(segment.number):
-                        agent.submit(partial(agent.move_out, segment))
-            self._household.counters.segments_retired += len(domain.store.finish_retirement())
+            for agent in agents:
+                if agent.may_hand_over:
+                    agent.submit(agent.take_over)
+            # What is not counted seems to be dead.
+            if not domain.recounts:
+                self._retire(domain, agents)
             for agent in agents:
                 if agent.has_stale_segments:
                     agent.submit(agent.forget_segments)
+
+    def _retire(self, domain: Domain, agents: Iterable[Agent]) -> None:
+        for segment in domain.store.sparse(trio.current_time()):
+            domain.store.begin_retirement(segment, domain.index)
+        for segment in list(domain.store.segments.values()):
+            if segment.moves is None:
+                continue
+            domain.store.continue_retirement(segment, domain.index)
+            for agent in agents:
+                # Asked again at every look: what was busy the last time may not be now.
+                if agent.segment_pages(segment.number):
+                    agent.submit(partial(agent.move_out, segment))
+        self._household.counters.segments_retired += len(domain.store.finish_retirement())

@@ -41,7 +41,16 @@ from udedup.engine.retirement import Retirement
 from udedup.engine.rounds import Rounds
 from udedup.engine.scheduler import Scheduler
 from udedup.engine.store import MFD_NOEXEC_SEAL, SegmentNumbers
-from udedup.engine.wire import PACKET_MAX, SHARED_BYTES, AgentError, Hello, parse_hello, refusal, welcome
+from udedup.engine.wire import (
+    PACKET_MAX,
+    SHARED_BYTES,
+    AgentError,
+    Hello,
+    OtherVersionError,
+    parse_hello,
+    refusal,
+    welcome,
+)
 from udedup.errors import UdedupError
 
 if TYPE_CHECKING:
@@ -83,6 +92,7 @@ class Engine:
         self._vma_limit = maplimit.vma_limit()
         self._last_number = 0
         self._connections = 0
+        self._met_other_version = False
 
     @property
     def agents(self) -> list[Agent]:
@@ -128,6 +138,12 @@ class Engine:
                 await Client(sock, peer, self._perform).serve(packet)
             elif packet:
                 await self._serve_agent(sock, peer, packet)
+        except OtherVersionError as error:
+            # Once for all of them: an upgrade finds many, and their children come, too.
+            level = logging.DEBUG if self._met_other_version else logging.WARNING
+            self._met_other_version = True
+            log.log(level, "connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
+            self._refuse(sock, str(error))
         except AgentError as error:
             log.warning("connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
@@ -157,9 +173,8 @@ class Engine:
         agent, link = self._admit(sock, peer, hello)
         self.counters.agents_joined += 1
         log.debug("%s joined domain %s", agent, agent.domain.name)
-        inherits = hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN)
-        if inherits and hello.engine_id == self.identity:
-            agent.submit(agent.recount)
+        if hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN):
+            agent.submit(agent.take_over)
         self.rounds.joined(agent)
         farewell: str | None = "the engine ends"
         try:
@@ -232,7 +247,7 @@ class Engine:
             agent.rung()
             self.rounds.change()
 
-        link = Link(sock, answer_seconds=self.config.answer_seconds, on_doorbell=on_doorbell)
+        link = Link(sock, answer_seconds=self.config.answer_seconds, on_doorbell=on_doorbell, strays=domain.strays)
         agent = Agent(
             number=number,
             peer=peer,
