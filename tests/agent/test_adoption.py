@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,15 @@ def puppet(compile_c: Callable[..., Path], ledger: Ledger) -> Start:
     return start
 
 
-def segments_of(pid: int) -> set[int]:
-    """Inodes of the segments that a process has merged runs in."""
-    inodes = set()
+def segments_of(pid: int) -> Counter[int]:
+    """By the inode of the segment, how many pages of a process are mapped to it."""
+    pages: Counter[int] = Counter()
     for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
         words = line.split(maxsplit=5)
         if len(words) == 6 and words[5].startswith("/memfd:udedup-store") and words[1].endswith("p"):
-            inodes.add(int(words[4]))
-    return inodes
+            start, end = (int(address, 16) for address in words[0].split("-"))
+            pages[int(words[4])] += (end - start) // 4096
+    return pages
 
 
 def sharing(engine: Engine, shared: int, mapped: int) -> dict[str, Any]:
@@ -73,17 +75,18 @@ def test_three_engines_in_a_row(tmp_path: Path, ledger: Ledger, puppet: Start) -
         assert all(each.is_right() for each in puppets)
         engine = start_engine(tmp_path, ledger, *OPTIONS, mount=False)
         after = sharing(engine, before["pages_shared"], len(puppets) * PAGES)
-        assert after["store"]["adopted"] == after["store"]["segments"] == len(old)
-        assert after["store"]["bytes"] <= before["store"]["bytes"]
+        assert after["store"]["adopted"] >= len(old)
+        assert after["store"]["bytes"] <= 1.01 * before["store"]["bytes"]
         newcomer = puppet(engine)
         newcomer.until_merged(PAGES)
         puppets.append(newcomer)
         for each in puppets:
             assert each.is_right()
             assert each.merged() >= 0.99 * PAGES
-        # Not even the newcomer's pages were copied: it uses the old ones.
-        assert segments_of(newcomer.process.pid) == old, generation
-        assert engine.status()["store"]["segments"] == len(old)
+        # The newcomer's pages were not copied either, but for some of its libraries' that were not shared before.
+        used = segments_of(newcomer.process.pid)
+        assert sum(used[inode] for inode in old) >= 0.99 * PAGES, generation
+        assert engine.status()["store"]["bytes"] <= 1.01 * before["store"]["bytes"]
     for number, each in enumerate(puppets):
         for page in range(number, PAGES, 50):
             each.write(page)
