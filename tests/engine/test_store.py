@@ -133,6 +133,27 @@ def test_the_same_content_twice_has_one_slot() -> None:
     assert filled.place(page(2)) == (1, 1)
 
 
+def test_without_memory_nothing_is_written() -> None:
+    """The store says so before it writes: a write to memory that can't be had would end the engine."""
+    filled = Filled(3)
+    with mmap.mmap(-1, lib.UDD_SEGMENT_BYTES, prot=mmap.PROT_READ) as barren, ffi.from_buffer(barren) as base:
+        assert lib.udd_store_add_segment(filled.store.handle, 7, base) == 0
+        fresh = ffi.new("struct udd_fresh[1]")
+        fresh[0].digest = digest_of(page(9))
+        arguments = (page(9), [1] + [0] * 7, fresh, 1, ffi.new("size_t *"), ffi.new("struct udd_target[1]"))
+        counts = ffi.new("struct udd_publish_counts *")
+        handles = (filled.store.handle, filled.index.handle)
+        assert lib.udd_store_publish(*handles, 7, *arguments, counts) == -12
+        assert filled.place(page(9)) is None
+        assert filled.store.state(7)[0] == counts.written == 0
+        moves = ffi.new("struct udd_move[]", lib.UDD_SEGMENT_SLOTS)
+        holder = filled.holder()
+        assert lib.udd_holder_adopt(holder, run(0, 3), 1) == 0
+        filled.index.forget_segment(1)
+        assert lib.udd_store_move(*handles, 1, 7, ffi.new("uint32_t *"), moves) == -12
+        assert [moves[slot].segment for slot in range(3)] == [0, 0, 0]
+
+
 class CountsMachine(RuleBasedStateMachine):
     """Three holders of 16 slots against lists of references."""
 

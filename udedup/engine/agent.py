@@ -27,6 +27,7 @@ from udedup.engine.index import Matches
 from udedup.engine.link import Answer, Link, Peer
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.planner import Fresh, Runs, Targets
+from udedup.engine.shortage import Shortage
 from udedup.engine.store import Segment
 from udedup.engine.wire import (
     COPIED_BYTES,
@@ -134,11 +135,11 @@ class SharedArea:
     """The memory an agent and the engine share (native/common/wire.h)."""
 
     def __init__(self, descriptor: int) -> None:
-        """Maps it; the descriptor stays the caller's. Raises AgentError if there is no memory for it."""
+        """Maps it; the descriptor stays the caller's. Raises OSError if there is no memory for it."""
         # Not Python's mmap, which keeps a descriptor of its own for as long as the object is referred to.
         self._memory = ffi.gc(lib.udd_area_map(descriptor), lib.udd_area_unmap)
         if self._memory == ffi.NULL:
-            raise AgentError("no memory for its shared area")
+            raise OSError(errno.ENOMEM, "no memory for a shared area")
         base = ffi.cast("char *", self._memory)
         self.stats = ffi.cast("struct udd_stats *", base + lib.UDD_SHARED_STATS)
         self.hints = HintRing(ffi.cast("struct udd_hint_ring *", base + lib.UDD_SHARED_HINTS))
@@ -170,6 +171,7 @@ class Agent:
         others: Others,
         newest_segment: Callable[[], int],
         shares_first_read: bool,
+        shortage: Shortage,
     ) -> None:
         self.number = number
         self.peer = peer
@@ -190,6 +192,7 @@ class Agent:
         self._others = others
         self._newest_segment = newest_segment
         self._shares_first_read = shares_first_read
+        self._shortage = shortage
         self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
         if self._holder == ffi.NULL:
             raise MemoryError
@@ -290,7 +293,11 @@ class Agent:
         try:
             async for job in self._todo:
                 self._working = True
-                await job.redeem()
+                try:
+                    await job.redeem()
+                except OSError as error:
+                    self._shortage.bear(error, f"work with {self} is put off")
+                    self._uncounted = True
                 self._working = False
         finally:
             self._abandon_jobs()
@@ -301,6 +308,9 @@ class Agent:
             self._drain()
 
     def _drain(self) -> None:
+        # What is not counted can't be given back; the count that is due makes these records void.
+        if self._uncounted:
+            return
         counts = ffi.new("struct udd_drop_counts *")
         check(
             lib.udd_holder_drain(self._holder, self.area.drops, self._newest_segment(), counts),
@@ -463,25 +473,24 @@ class Agent:
         targets = 0
         while position[0] < fresh.count:
             try:
-                segment = store.writable()
+                targets += check(
+                    lib.udd_store_publish(
+                        store.handle,
+                        self.domain.index.handle,
+                        store.writable().number,
+                        self.area.copies,
+                        valid,
+                        fresh.array,
+                        fresh.count,
+                        position,
+                        ret_targets + targets,
+                        counts,
+                    ),
+                    "publishing pages",
+                )
             except OSError as error:
-                log.warning("no new store segment (%s): pages not shared yet stay private", error.strerror)
+                self._shortage.bear(error, "the store can't grow, pages not shared yet stay private")
                 break
-            targets += check(
-                lib.udd_store_publish(
-                    store.handle,
-                    self.domain.index.handle,
-                    segment.number,
-                    self.area.copies,
-                    valid,
-                    fresh.array,
-                    fresh.count,
-                    position,
-                    ret_targets + targets,
-                    counts,
-                ),
-                "publishing pages",
-            )
         self._counters.copies_invalid += counts.invalid
         self._counters.copies_mismatch += counts.mismatch
         self._drain()
@@ -606,8 +615,8 @@ class Agent:
 
     @property
     def may_hand_over(self) -> bool:
-        """Whether :meth:`take_over` may succeed where it did not before."""
-        return self._handover.unfinished
+        """Whether :meth:`take_over` may do what it could not before."""
+        return self._handover.unfinished or self._uncounted
 
     async def recount(self) -> None:
         """Asks for all its runs and counts them anew: after a fork, a rejoin, or lost drop records."""
@@ -624,9 +633,9 @@ class Agent:
             self._adopted.update(Runs(array, answer.count).segments() & self.domain.store.segments.keys())
             self._drain()
 
-        self._uncounted = False
         answer = await self._ask_runs(0, RECOUNT)
         check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
+        self._uncounted = False
         await self._read_runs(answer, RECOUNT, take)
         self._drain()
 

@@ -1,6 +1,5 @@
 """Gives the memory of segments back in which few slots are still in use (see ``udedup.engine.store``)."""
 
-import logging
 from collections.abc import Iterable
 from functools import partial
 from typing import Protocol
@@ -10,14 +9,14 @@ import trio
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
 from udedup.engine.domain import Domain
-
-log = logging.getLogger(__name__)
+from udedup.engine.shortage import Shortage
 
 
 class Household(Protocol):
     """What a retirement looks after."""
 
     counters: Counters
+    shortage: Shortage
 
     @property
     def agents(self) -> Iterable[Agent]:
@@ -61,7 +60,10 @@ class Retirement:
         for segment in list(domain.store.segments.values()):
             if segment.moves is None:
                 continue
-            domain.store.continue_retirement(segment, domain.index)
+            try:
+                domain.store.continue_retirement(segment, domain.index)
+            except OSError as error:
+                self._household.shortage.bear(error, "moving pages out of a sparse segment has to wait")
             for agent in agents:
                 # Asked again at every look: what was busy the last time may not be now.
                 if agent.segment_pages(segment.number):

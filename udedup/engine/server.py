@@ -40,6 +40,7 @@ from udedup.engine.native import lib
 from udedup.engine.retirement import Retirement
 from udedup.engine.rounds import Rounds
 from udedup.engine.scheduler import Scheduler
+from udedup.engine.shortage import Shortage
 from udedup.engine.store import MFD_NOEXEC_SEAL, SegmentNumbers
 from udedup.engine.wire import (
     PACKET_MAX,
@@ -78,6 +79,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.counters = Counters()
+        self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
         self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
         self.pace = _pace(config)
@@ -116,9 +118,7 @@ class Engine:
                     await trio.lowlevel.wait_readable(listener)
                     continue
                 except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        raise
-                    log.warning("a connection has to wait: %s", error.strerror)
+                    self.shortage.bear(error, "a connection has to wait")
                     await trio.sleep(ACCEPT_PAUSE)
                     continue
                 sock.setblocking(False)
@@ -150,8 +150,9 @@ class Engine:
         except LinkClosedError:
             log.debug("pid %d was gone before it was welcomed", peer.pid)
         except OSError as error:
+            # An agent that is not welcomed comes back later.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                raise
+                self.shortage.bear(error, f"pid {peer.pid} has to wait")
         finally:
             self._connections -= 1
             if sock.fileno() >= 0:
@@ -218,7 +219,7 @@ class Engine:
             raise failure
 
     def _admit(self, sock: socket.socket, peer: Peer, hello: Hello) -> tuple[Agent, Link]:
-        """Makes the shared area and sends the welcome. Raises AgentError or LinkClosedError."""
+        """Makes the shared area and sends the welcome. Raises LinkClosedError, or OSError if memory is short."""
         number = self._free_number()
         domain = self._domain(peer.uid, hello.label)
         with ExitStack() as stack:
@@ -261,6 +262,7 @@ class Engine:
             others=self.rounds,
             newest_segment=lambda: self._numbers.newest,
             shares_first_read=self.config.chosen_policy.shares_first_read,
+            shortage=self.shortage,
         )
         return agent, link
 
@@ -438,17 +440,14 @@ def _allow_descriptors() -> None:
 
 
 def _shared_area() -> int:
-    """The descriptor of a fresh shared area. Raises AgentError if there is no memory or descriptor for it."""
-    try:
-        descriptor = os.memfd_create("udedup-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
-    except OSError as error:
-        raise AgentError(f"no shared area for it: {error.strerror}") from None
+    """The descriptor of a fresh shared area. Raises OSError if there is no memory or descriptor for it."""
+    descriptor = os.memfd_create("udedup-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
     try:
         os.ftruncate(descriptor, SHARED_BYTES)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError as error:
+    except OSError:
         os.close(descriptor)
-        raise AgentError(f"no shared area for it: {error.strerror}") from None
+        raise
     return descriptor
 
 
