@@ -34,7 +34,8 @@ struct udd_segment_map {
 	const char *pages;     // the agent's own read-only mapping; NULL: slot free
 	uint32_t id;           // the engine's name for it
 	uint32_t slots;        // how many pages it has
-	uint64_t inode;        // of its memfd, to tell it from another
+	uint64_t device;       // of its memfd, to tell it from another, as is
+	uint64_t inode;
 	uint32_t references;   // pages of runs that lie in it
 	int fd;                // read-only, in the agent's descriptor table; -1 in a fork child until the engine sends it again
 };
@@ -132,6 +133,12 @@ struct udd_agent {
 };
 
 extern struct udd_agent udd_agent;
+
+// Given by an engine before the present one.
+static inline bool udd_segment_is_foreign(const struct udd_segment_map *segment)
+{
+	return segment->engine_id[0] != udd_agent.engine_id[0] || segment->engine_id[1] != udd_agent.engine_id[1];
+}
 
 static inline struct udd_live *udd_live(void)
 {

@@ -46,7 +46,7 @@ void udd_drop_push(const struct udd_run_entry *run, const struct udd_segment_map
 	uint64_t head;
 
 	// Runs of an engine that is gone are nobody's business; a child reports what it holds when it joins.
-	if (!ring || segment->engine_id[0] != udd_agent.engine_id[0] || segment->engine_id[1] != udd_agent.engine_id[1])
+	if (!ring || udd_segment_is_foreign(segment))
 		return;
 	// Not reported to the engine yet, so it can't count it.
 	if (run->address >= live->reported)

@@ -9,22 +9,22 @@
 #include "sys.h"
 #include "transaction.h"
 
-int udd_segment_find(const uint64_t engine_id[2], uint32_t id)
+int udd_segment_find(uint32_t id)
 {
 	for (int i = 0; i < UDD_SEGMENTS_MAX; i++) {
 		const struct udd_segment_map *segment = &udd_agent.segments[i];
 
-		if (segment->pages && segment->id == id && segment->engine_id[0] == engine_id[0] &&
-		    segment->engine_id[1] == engine_id[1])
+		if (segment->pages && segment->id == id && !udd_segment_is_foreign(segment))
 			return i;
 	}
 	return -ENOENT;
 }
 
-static int check_segment(int fd, uint32_t slots, uint64_t *inode)
+// Seals can be added, never taken off: what is sealed now stays so. F_SEAL_SEAL is not asked for, because the next engine
+// adds F_SEAL_WRITE.
+static int check_segment(int fd, uint32_t slots, struct stat *ret)
 {
-	struct stat status;
-	const long wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+	const long wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE;
 	long seals = udd_sys(SYS_fcntl, fd, F_GET_SEALS);
 	long flags = udd_sys(SYS_fcntl, fd, F_GETFL);
 
@@ -32,29 +32,57 @@ static int check_segment(int fd, uint32_t slots, uint64_t *inode)
 		return -EPERM;
 	if (udd_failed(flags) || (flags & O_ACCMODE) != O_RDONLY)
 		return -EACCES;
-	if (!slots || slots > UDD_SEGMENT_SLOTS || udd_sys(SYS_fstat, fd, &status) || (uint64_t)status.st_size < udd_bytes(slots))
+	if (!slots || slots > UDD_SEGMENT_SLOTS || udd_sys(SYS_fstat, fd, ret) || (uint64_t)ret->st_size < udd_bytes(slots))
 		return -EINVAL;
-	*inode = status.st_ino;
 	return 0;
 }
 
-int udd_segment_add(const uint64_t engine_id[2], uint32_t id, uint32_t slots, int fd)
+static bool is_same_memory(const struct udd_segment_map *segment, const struct stat *status)
 {
-	int at = udd_segment_find(engine_id, id);
-	uint64_t inode;
-	int ret = check_segment(fd, slots, &inode);
+	return segment->device == status->st_dev && segment->inode == status->st_ino;
+}
+
+// A foreign segment with this memory, or -ENOENT.
+static int find_foreign(const struct stat *status)
+{
+	for (int i = 0; i < UDD_SEGMENTS_MAX; i++) {
+		const struct udd_segment_map *segment = &udd_agent.segments[i];
+
+		if (segment->pages && udd_segment_is_foreign(segment) && is_same_memory(segment, status))
+			return i;
+	}
+	return -ENOENT;
+}
+
+// The present engine has taken a foreign segment over: its runs count from now on, from the next UDD_RUNS on.
+static void rename_segment(struct udd_segment_map *segment, uint32_t id)
+{
+	uint64_t started;
+
+	udd_worker_lock_patiently(&started);
+	segment->engine_id[0] = udd_agent.engine_id[0];
+	segment->engine_id[1] = udd_agent.engine_id[1];
+	segment->id = id;
+	udd_live()->reported = 0;
+	udd_worker_unlock(started);
+}
+
+// A segment that we have: only its descriptor may be missing, after a fork.
+static void use_again(struct udd_segment_map *segment, int fd)
+{
+	// Ours stays if there is one: mappings join only if they were made with the same.
+	if (segment->fd < 0)
+		segment->fd = fd;
+	else
+		udd_close(fd);
+}
+
+static int map_segment(uint32_t id, uint32_t slots, int fd, const struct stat *status)
+{
 	uint64_t started;
 	long pages;
+	int at;
 
-	if (ret)
-		return ret;
-	if (at >= 0) {
-		// Known from before a fork: only the descriptor is missing, and it must be that of the same memory.
-		if (udd_agent.segments[at].fd >= 0 || udd_agent.segments[at].inode != inode)
-			return -EEXIST;
-		udd_agent.segments[at].fd = fd;
-		return 0;
-	}
 	for (at = 0; at < UDD_SEGMENTS_MAX && udd_agent.segments[at].pages; at++)
 		;
 	if (at == UDD_SEGMENTS_MAX)
@@ -64,26 +92,50 @@ int udd_segment_add(const uint64_t engine_id[2], uint32_t id, uint32_t slots, in
 		return (int)pages;
 	udd_worker_lock_patiently(&started);
 	udd_agent.segments[at] = (struct udd_segment_map){
-		.engine_id = {engine_id[0], engine_id[1]},
+		.engine_id = {udd_agent.engine_id[0], udd_agent.engine_id[1]},
 		.pages = udd_pointer((uint64_t)pages),
 		.id = id,
 		.slots = slots,
-		.inode = inode,
+		.device = status->st_dev,
+		.inode = status->st_ino,
 		.fd = fd,
 	};
 	udd_worker_unlock(started);
 	return 0;
 }
 
-int udd_segment_remove(const uint64_t engine_id[2], uint32_t id)
+int udd_segment_add(uint32_t id, uint32_t slots, int fd)
 {
-	int at = udd_segment_find(engine_id, id);
-	struct udd_segment_map *segment = &udd_agent.segments[at < 0 ? 0 : at];
-	int ret = 0;
-	uint64_t started;
+	struct stat status;
+	int ret = check_segment(fd, slots, &status);
+	int at;
 
+	if (ret)
+		return ret;
+	at = udd_segment_find(id);
+	if (at >= 0) {
+		// Sent again, after a fork or a new connection: it must be the same memory.
+		if (!is_same_memory(&udd_agent.segments[at], &status))
+			return -EEXIST;
+		use_again(&udd_agent.segments[at], fd);
+		return 0;
+	}
+	at = find_foreign(&status);
 	if (at < 0)
-		return at;
+		return map_segment(id, slots, fd, &status);
+	if (slots != udd_agent.segments[at].slots)
+		return -EINVAL;
+	use_again(&udd_agent.segments[at], fd);
+	rename_segment(&udd_agent.segments[at], id);
+	return 1;
+}
+
+// -EBUSY while runs of it are left.
+static int let_go(struct udd_segment_map *segment)
+{
+	uint64_t started;
+	int ret = 0;
+
 	udd_worker_lock_patiently(&started);
 	if (segment->references) {
 		ret = -EBUSY;
@@ -94,4 +146,22 @@ int udd_segment_remove(const uint64_t engine_id[2], uint32_t id)
 	}
 	udd_worker_unlock(started);
 	return ret;
+}
+
+int udd_segment_next_foreign(uint32_t from)
+{
+	for (uint32_t i = from; i < UDD_SEGMENTS_MAX; i++) {
+		struct udd_segment_map *segment = &udd_agent.segments[i];
+
+		if (segment->pages && udd_segment_is_foreign(segment) && let_go(segment))
+			return (int)i;
+	}
+	return -ENOENT;
+}
+
+int udd_segment_remove(uint32_t id)
+{
+	int at = udd_segment_find(id);
+
+	return at < 0 ? at : let_go(&udd_agent.segments[at]);
 }

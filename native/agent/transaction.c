@@ -641,7 +641,7 @@ static void merge_locked(struct transaction *tx, const struct udd_run *run, int 
 void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 {
 	struct transaction tx = {.base = run->address};
-	int segment = udd_segment_find(udd_agent.engine_id, run->segment);
+	int segment = udd_segment_find(run->segment);
 	uint64_t all;
 	uint64_t started;
 

@@ -40,6 +40,7 @@ struct worker {
 	struct udd_scan_state scan;
 	char *request;              // UDD_MESSAGE_BYTES each
 	char *answer;
+	int handed;                 // a segment's descriptor, to go with the answer; -1
 };
 
 // A received message.
@@ -112,12 +113,25 @@ static void drop_fds(const struct received *message)
 		udd_close(message->fds[i]);
 }
 
-static bool send_message(int socket, const void *message, size_t bytes)
+// `fd`: a descriptor to go with it, -1 for none.
+static bool send_message(int socket, const void *message, size_t bytes, int fd)
 {
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control = {.header = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+	struct iovec vector = {.iov_base = (void *)message, .iov_len = bytes};
+	struct msghdr header = {
+		.msg_iov = &vector,
+		.msg_iovlen = 1,
+		.msg_control = fd < 0 ? NULL : &control,
+		.msg_controllen = fd < 0 ? 0 : sizeof(control),
+	};
 	long ret;
 
+	memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
 	do
-		ret = udd_sys(SYS_sendto, socket, message, bytes, MSG_NOSIGNAL, NULL, 0);
+		ret = udd_sys(SYS_sendmsg, socket, &header, MSG_NOSIGNAL);
 	while (ret == -EINTR);
 	return ret == (long)bytes;
 }
@@ -173,7 +187,7 @@ static bool say_hello(const struct worker *worker)
 		hello.flags |= UDD_HELLO_FORKED;
 	memcpy(hello.label, udd_agent.label, sizeof(hello.label));
 	memcpy(hello.command, udd_agent.command, sizeof(hello.command));
-	return send_message(worker->socket, &hello, sizeof(hello));
+	return send_message(worker->socket, &hello, sizeof(hello), -1);
 }
 
 // Opens the userfaultfd and starts the fault thread, once in a process. 0 or a negative errno.
@@ -367,7 +381,7 @@ static size_t answer_runs(struct worker *worker, const struct udd_cursor *cursor
 	for (; run && ret->count < UDD_ITEMS_MAX; run = udd_runs_next(run)) {
 		const struct udd_segment_map *segment = &udd_agent.segments[run->segment];
 
-		if (run->broken || memcmp(segment->engine_id, udd_agent.engine_id, sizeof(segment->engine_id)) != 0)
+		if (run->broken || udd_segment_is_foreign(segment))
 			continue;
 		items[ret->count++] = (struct udd_run){
 			.address = run->address,
@@ -380,6 +394,22 @@ static size_t answer_runs(struct worker *worker, const struct udd_cursor *cursor
 		live->reported = run ? run->address : UINT64_MAX;
 	udd_unlock_exclusive(&live->lock);
 	return sizeof(*ret) + ret->count * sizeof(*items);
+}
+
+static size_t answer_handover(struct worker *worker, const struct udd_cursor *cursor)
+{
+	struct udd_handover *ret = (struct udd_handover *)worker->answer;
+	int at = cursor->address < UDD_SEGMENTS_MAX ? udd_segment_next_foreign((uint32_t)cursor->address) : -ENOENT;
+	const struct udd_segment_map *segment = &udd_agent.segments[at < 0 ? 0 : at];
+
+	if (at >= 0) {
+		ret->header.count = 1;
+		ret->header.value = (uint64_t)at + 1;
+		ret->device = segment->device;
+		ret->inode = segment->inode;
+		worker->handed = segment->fd;
+	}
+	return sizeof(*ret);
 }
 
 static size_t answer_copy(struct worker *worker, const struct udd_header *header)
@@ -410,6 +440,7 @@ static size_t request_bytes(const struct udd_header *header)
 	case UDD_SCAN:
 		return sizeof(struct udd_scan);
 	case UDD_RUNS:
+	case UDD_HANDOVER:
 		return sizeof(struct udd_cursor);
 	case UDD_VISIT:
 	case UDD_COPY:
@@ -424,6 +455,21 @@ static size_t request_bytes(const struct udd_header *header)
 	}
 }
 
+static size_t answer_segment(struct worker *worker, struct received *message)
+{
+	const struct udd_segment *segment = (const struct udd_segment *)worker->request;
+	struct udd_header *ret = (struct udd_header *)worker->answer;
+	int status = message->fds[0] < 0 ? -EBADF : udd_segment_add(segment->id, segment->slots, message->fds[0]);
+
+	if (status < 0) {
+		ret->status = status;
+	} else {
+		message->fds[0] = -1;
+		ret->value = (uint64_t)status;
+	}
+	return sizeof(*ret);
+}
+
 static size_t answer(struct worker *worker, struct received *message)
 {
 	const struct udd_header *header = (const struct udd_header *)worker->request;
@@ -432,14 +478,9 @@ static size_t answer(struct worker *worker, struct received *message)
 
 	switch (header->type) {
 	case UDD_SEGMENT:
-		ret->status = message->fds[0] < 0
-				      ? -EBADF
-				      : udd_segment_add(udd_agent.engine_id, segment->id, segment->slots, message->fds[0]);
-		if (!ret->status)
-			message->fds[0] = -1;
-		return sizeof(*ret);
+		return answer_segment(worker, message);
 	case UDD_SEGMENT_DROP:
-		ret->status = udd_segment_remove(udd_agent.engine_id, segment->id);
+		ret->status = udd_segment_remove(segment->id);
 		return sizeof(*ret);
 	case UDD_COPY:
 		return answer_copy(worker, header);
@@ -451,6 +492,8 @@ static size_t answer(struct worker *worker, struct received *message)
 		return answer_huge(worker, header);
 	case UDD_RUNS:
 		return answer_runs(worker, (const struct udd_cursor *)header);
+	case UDD_HANDOVER:
+		return answer_handover(worker, (const struct udd_cursor *)header);
 	default:
 		return answer_reports(worker, header);
 	}
@@ -467,6 +510,7 @@ static bool serve(struct worker *worker, struct received *message)
 	    message->bytes < (long)request_bytes(header))
 		return false;
 	memset(ret, 0, sizeof(struct udd_reports));
+	worker->handed = -1;
 	bytes = answer(worker, message);
 	*ret = (struct udd_header){
 		.magic = UDD_MAGIC,
@@ -477,14 +521,14 @@ static bool serve(struct worker *worker, struct received *message)
 		.value = ret->value,
 	};
 	publish_stats();
-	return send_message(worker->socket, worker->answer, bytes);
+	return send_message(worker->socket, worker->answer, bytes, worker->handed);
 }
 
 static bool ring_engine(const struct worker *worker)
 {
 	const struct udd_header doorbell = {.magic = UDD_MAGIC, .type = UDD_DOORBELL};
 
-	return send_message(worker->socket, &doorbell, sizeof(doorbell));
+	return send_message(worker->socket, &doorbell, sizeof(doorbell), -1);
 }
 
 // Serves the engine until it goes away.

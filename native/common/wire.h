@@ -70,7 +70,9 @@ enum udd_message_type {
 	// engine → agent: struct udd_refused, then the engine closes.
 	UDD_REFUSED = 3,
 	// engine → agent requests. Each is answered by one UDD_DONE with the same seq.
-	UDD_SEGMENT = 4,      // struct udd_segment; ancillary: read-only descriptor of the sealed memfd. Status in the answer.
+	// struct udd_segment; ancillary: read-only descriptor of the memfd, sealed with F_SEAL_SHRINK, F_SEAL_GROW and
+	// F_SEAL_FUTURE_WRITE at least. Status in the answer; header.value 1: runs of a segment handed over are now runs of this one.
+	UDD_SEGMENT = 4,
 	UDD_SEGMENT_DROP = 5, // struct udd_segment: forget it; -EBUSY while runs of it are left
 	UDD_SCAN = 6,         // struct udd_scan: visit the next pages of the linear scan; answer: page reports
 	// count × struct udd_range: hash these (hinted) pages; answer: page reports. header.value 1: zero pages are merged even if
@@ -83,6 +85,11 @@ enum udd_message_type {
 	// engine counts references anew: at cursor 0 all drops so far are void (header.value of the answer: the drop ring's head
 	// then), and until the last answer (no items) drops are recorded only for runs that were reported.
 	UDD_RUNS = 11,
+	// struct udd_cursor, an index: the next segment from there on that an earlier engine gave and that runs still refer to; answer:
+	// udd_handover. Ancillary, if the agent has it (a fork child does not): the segment's descriptor. An engine that takes such a
+	// segment over sends it by UDD_SEGMENT under a number of its own; the agent knows it by its inode, and its runs are then
+	// runs of that number. Their references count from the next UDD_RUNS with header.value 1 on.
+	UDD_HANDOVER = 16,
 	UDD_HUGE = 15,        // count × uint64_t, addresses: which of them lie in a transparent huge page? answer: udd_huge
 	// agent → engine
 	UDD_DONE = 12,
@@ -106,6 +113,7 @@ enum udd_hello_flags {
 	UDD_HELLO_REJOIN = 4,    // an agent whose engine went away: likewise
 };
 
+// Its beginning, up to `version`, is the same in every version of the protocol.
 struct udd_hello {
 	struct udd_header header;
 	uint32_t version; // UDD_WIRE_VERSION
@@ -153,6 +161,13 @@ struct udd_scan {
 struct udd_cursor {
 	struct udd_header header;
 	uint64_t address;
+};
+
+// Answer to UDD_HANDOVER; header.count 0: there is none. header.value: the cursor to go on with.
+struct udd_handover {
+	struct udd_header header;
+	uint64_t device; // of the memfd, as stat() has them
+	uint64_t inode;
 };
 
 struct udd_range {

@@ -244,16 +244,23 @@ struct udd_store *udd_store_create(void);
 void udd_store_destroy(struct udd_store *store); // its memory goes with the last of its holders
 // `base`: the engine's own writable mapping of the segment.
 int udd_store_add_segment(struct udd_store *store, uint32_t segment, void *base);
+// Digests, 2 words each, of all slots of an earlier engine's segment, which nobody can write to any more; 0, 0 for those that are
+// all zero. Returns the number of slots up to the last that is not. Touches nothing else: the one function for any thread.
+int udd_segment_digests(int descriptor, uint64_t *ret);
+// Adds such a segment: its slots are published, but for those whose content the index has elsewhere. `base` is only read from.
+int udd_store_adopt_segment(struct udd_store *store, struct udd_index *index, uint32_t segment, void *base, uint32_t used,
+			    const uint64_t *digests);
 // -EBUSY while slots are referred to.
 int udd_store_remove_segment(struct udd_store *store, uint32_t segment);
 int udd_store_segment(const struct udd_store *store, uint32_t segment, struct udd_segment_state *ret);
 // Copies pages from a copy area into the next slots of a segment, hashes each slot, and publishes those with the expected digest.
-// Starts at fresh[*position] and stops early when the segment is full. Candidates with the same digest come back as targets (room
-// for `count`); returns their number.
+// Starts at fresh[*position] and stops early when the segment is full. -ENOMEM: no memory for more slots. Candidates with the same
+// digest come back as targets (room for `count`); returns their number.
 int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t segment, const void *copy_area,
 		      const struct udd_fresh *fresh, size_t count, size_t *position, struct udd_target *ret_targets,
 		      struct udd_publish_counts *ret);
-// Copies live slots of one segment, from *position on, into another until that is full; the index follows.
+// Moves live slots of one segment, from *position on: to where the index has their content, else to fresh slots of
+// another segment until that is full. Those that `moves` has a place for are passed over. -ENOMEM: no memory for more.
 int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t from, uint32_t to, uint32_t *position,
 		   struct udd_move *moves);
 // Targets on the new places of those pages of runs that are in segment `from`; ret has room for all pages, at most `max`.

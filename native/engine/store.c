@@ -2,17 +2,18 @@
 // Store segments from the engine's side: writing slots, and counting who refers to them.
 //
 // A slot is published only when the digest *of the slot* is the expected one: the copy area it came from is shared with the
-// agent and may change under our hands. What was published is never written again. Counts are kept per slot, and per slot and agent: an agent's end gives
-// back exactly what was its own, and an agent that gives back what it never had is found out. Counts decide when
-// a segment is retired, nothing else; a wrong one wastes memory (the kernel keeps the true ones).
+// agent and may change under our hands. What was published is never written again. Counts are kept per slot, and per slot and
+// agent: an agent's end gives back exactly what was its own, and an agent that gives back what it never had is found out. Counts
+// decide when a segment is retired, nothing else; a wrong one wastes memory (the kernel keeps the true ones).
 //
 // New pages come in by UFFDIO_COPY: the kernel takes a page and copies into it, where a write to a mapping takes a fault that
-// clears the page first (1.2 µs a page instead of 2.5). Where userfaultfd is not to be had, memcpy() does the same.
+// clears the page first (1.2 µs a page instead of 2.5). Where userfaultfd is not to be had, madvise() and memcpy() do the same.
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -145,6 +146,53 @@ int udd_store_segment(const struct udd_store *store, uint32_t number, struct udd
 	return 0;
 }
 
+int udd_segment_digests(int descriptor, uint64_t *ret)
+{
+	enum { BATCH = 16 };
+	char pages[BATCH * UDD_PAGE_SIZE];
+	const struct udd_digest zero = udd_digest_page(memset(pages, 0, UDD_PAGE_SIZE));
+	int used = 0;
+
+	for (int slot = 0; slot < UDD_SEGMENT_SLOTS; slot += BATCH) {
+		// Not through a mapping: that would give memory to what is empty, and end us where a page can't be read.
+		ssize_t got = pread(descriptor, pages, sizeof(pages), (off_t)slot * UDD_PAGE_SIZE);
+
+		if (got != sizeof(pages))
+			return got < 0 ? -errno : -EIO;
+		udd_digest_pages(pages, BATCH, &ret[2 * slot]);
+		for (int i = slot; i < slot + BATCH; i++) {
+			if (ret[2 * i] == zero.low && ret[2 * i + 1] == zero.high)
+				ret[2 * i] = ret[2 * i + 1] = 0;
+			else
+				used = i + 1;
+		}
+	}
+	return used;
+}
+
+int udd_store_adopt_segment(struct udd_store *store, struct udd_index *index, uint32_t number, void *base, uint32_t used,
+			    const uint64_t *digests)
+{
+	if (used > UDD_SEGMENT_SLOTS)
+		return -EINVAL;
+	int r = udd_store_add_segment(store, number, base);
+
+	if (r < 0)
+		return r;
+	store_find(store, number)->state.used = used;
+	for (uint32_t slot = 0; slot < used; slot++) {
+		const uint64_t *digest = &digests[2 * slot];
+		uint32_t other_segment, other_slot;
+
+		if ((!digest[0] && !digest[1]) || udd_index_find_shared(index, digest, &other_segment, &other_slot))
+			continue;
+		r = udd_index_publish(index, digest, number, slot);
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
 static char *segment_slot(const struct segment *segment, uint32_t slot)
 {
 	return segment->base + (size_t)slot * UDD_PAGE_SIZE;
@@ -154,8 +202,9 @@ static char *segment_slot(const struct segment *segment, uint32_t slot)
 struct filling {
 	int uffd;                  // -1: not to be had, or the kernel would not
 	struct uffdio_range range; // registered with it; length 0: none
-	// The slots from `from` up to segment->filled hold the copies from number `copy` on.
+	// The slots [from, end) hold the copies from number `copy` on.
 	uint32_t from;
+	uint32_t end;
 	uint32_t copy;
 };
 
@@ -178,8 +227,6 @@ static void filling_add(struct filling *filling, struct segment *segment, const 
 		.mode = UFFDIO_COPY_MODE_DONTWAKE,
 	};
 
-	filling->from = segment->filled;
-	filling->copy = copy;
 	if (filling->uffd < 0)
 		return;
 	if (!filling->range.len) {
@@ -191,7 +238,9 @@ static void filling_add(struct filling *filling, struct segment *segment, const 
 	if (filling->range.len)
 		ioctl(filling->uffd, UFFDIO_COPY, &arg);
 	if (arg.copy > 0) {
-		segment->filled += arg.copy / UDD_PAGE_SIZE;
+		filling->from = segment->filled;
+		filling->copy = copy;
+		filling->end = segment->filled += arg.copy / UDD_PAGE_SIZE;
 		return;
 	}
 	filling_end(filling);
@@ -199,9 +248,9 @@ static void filling_add(struct filling *filling, struct segment *segment, const 
 }
 
 // Whether a slot has what copy number `copy` holds.
-static int filling_has(const struct filling *filling, const struct segment *segment, uint32_t slot, uint32_t copy)
+static int filling_has(const struct filling *filling, uint32_t slot, uint32_t copy)
 {
-	return slot >= filling->from && slot < segment->filled && copy == filling->copy + (slot - filling->from);
+	return slot >= filling->from && slot < filling->end && copy == filling->copy + (slot - filling->from);
 }
 
 // Pages of `fresh` whose copies follow each other, and the slots that are left for them.
@@ -214,12 +263,21 @@ static uint32_t fresh_stretch(const struct segment *segment, const struct udd_fr
 	return length;
 }
 
+// Gives the slot number `filled` memory. -ENOMEM if there is none: writing to it would end the engine.
+static int segment_back(struct segment *segment)
+{
+	if (madvise(segment_slot(segment, segment->filled), UDD_PAGE_SIZE, MADV_POPULATE_WRITE))
+		return -ENOMEM;
+	segment->filled++;
+	return 0;
+}
+
 int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t number, const void *copy_area,
 		      const struct udd_fresh *fresh, size_t count, size_t *position, struct udd_target *ret_targets,
 		      struct udd_publish_counts *ret)
 {
 	struct segment *segment = store_find(store, number);
-	struct filling filling = {.uffd = store->uffd, .from = UDD_SEGMENT_SLOTS};
+	struct filling filling = {.uffd = store->uffd};
 	int targets = 0, r = 0;
 
 	if (!segment || count > UDD_COPY_MAX)
@@ -239,11 +297,13 @@ int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t
 
 		if (slot == segment->filled)
 			filling_add(&filling, segment, source, page->copy, fresh_stretch(segment, page, count - *position));
+		if (slot == segment->filled)
+			r = segment_back(segment);
+		if (r < 0)
+			break;
 		// Where a page before this one was left out, everything has moved by one slot.
-		if (!filling_has(&filling, segment, slot, page->copy)) {
+		if (!filling_has(&filling, slot, page->copy))
 			memcpy(segment_slot(segment, slot), source, UDD_PAGE_SIZE);
-			segment->filled += slot == segment->filled;
-		}
 		struct udd_digest digest = udd_digest_page(segment_slot(segment, slot));
 
 		// Nobody was told of the slot: the next page takes it.
@@ -262,7 +322,8 @@ int udd_store_publish(struct udd_store *store, struct udd_index *index, uint32_t
 		targets += udd_index_take_candidate(index, page->digest, &target->agent, &target->address);
 	}
 	filling_end(&filling);
-	return r < 0 ? r : targets;
+	// What was found goes first: the next call fails at the same page.
+	return targets ? targets : r;
 }
 
 int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t from, uint32_t to, uint32_t *position,
@@ -273,24 +334,27 @@ int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t fr
 	if (!source || !target || source == target)
 		return -EINVAL;
 	for (; *position < source->state.used && target->state.used < UDD_SEGMENT_SLOTS; ++*position) {
-		uint32_t slot = target->state.used, found_segment, found_slot;
+		struct udd_move *move = &moves[*position];
+		uint32_t slot = target->state.used;
 
-		moves[*position] = (struct udd_move){0};
-		if (!source->counts[*position])
+		if (!source->counts[*position] || move->segment)
 			continue;
-		memcpy(segment_slot(target, slot), segment_slot(source, *position), UDD_PAGE_SIZE);
-		target->filled += slot == target->filled;
-		struct udd_digest digest = udd_digest_page(segment_slot(target, slot));
+		struct udd_digest digest = udd_digest_page(segment_slot(source, *position));
 		uint64_t words[2] = {digest.low, digest.high};
 
-		target->state.used++;
-		moves[*position] = (struct udd_move){.segment = to, .slot = slot};
-		if (udd_index_find_shared(index, words, &found_segment, &found_slot) && found_segment == from) {
-			int r = udd_index_publish(index, words, to, slot);
+		if (udd_index_find_shared(index, words, &move->segment, &move->slot) && move->segment != from)
+			continue;
+		*move = (struct udd_move){0};
+		int r = slot < target->filled ? 0 : segment_back(target);
 
-			if (r < 0)
-				return r;
-		}
+		if (r < 0)
+			return r;
+		memcpy(segment_slot(target, slot), segment_slot(source, *position), UDD_PAGE_SIZE);
+		r = udd_index_publish(index, words, to, slot);
+		if (r < 0)
+			return r;
+		target->state.used++;
+		*move = (struct udd_move){.segment = to, .slot = slot};
 	}
 	return 0;
 }

@@ -4,6 +4,7 @@ import array
 import fcntl
 import mmap
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from udedup._native import ffi, lib
 
 HEADER = struct.Struct("<IHHIiQ")
 PAGE = 4096
-SEALS = 0x1 | 0x2 | 0x4 | 0x10
-"""F_SEAL_SEAL, SHRINK, GROW, FUTURE_WRITE."""
+SEALS = 0x2 | 0x4 | 0x10
+"""F_SEAL_SHRINK, GROW, FUTURE_WRITE."""
 ADD_SEALS = 1033
 SLOTS = 128
 
@@ -31,14 +32,22 @@ class FakeEngine:
         self._sequence = 0
         self.link: socket.socket
 
-    def accept(self, *, flags: int = 0) -> bytes:
-        """Takes an agent's hello and welcomes it; returns the hello."""
+    def take_hello(self) -> bytes:
+        """Waits for an agent and for what it says first."""
         self.link, _ = self._listener.accept()
         self.link.settimeout(20)
-        hello = self.link.recv(65536)
+        return self.link.recv(65536)
+
+    def is_called_within(self, seconds: float) -> bool:
+        """Whether an agent connects in that time."""
+        return bool(select.select([self._listener], [], [], seconds)[0])
+
+    def accept(self, *, flags: int = 0, engine_id: tuple[int, int] = (11, 22)) -> bytes:
+        """Takes an agent's hello and welcomes it; returns the hello."""
+        hello = self.take_hello()
         welcome = ffi.new("struct udd_welcome *")
         welcome.header.magic, welcome.header.type = lib.UDD_MAGIC, lib.UDD_WELCOME
-        welcome.engine_id = (11, 22)
+        welcome.engine_id = engine_id
         welcome.agent_id, welcome.flags, welcome.vma_limit, welcome.holdoff_ms = 1, flags, 60000, 0
         area = os.memfd_create("shared")
         os.ftruncate(area, lib.UDD_SHARED_BYTES)

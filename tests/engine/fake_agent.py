@@ -37,6 +37,14 @@ class FakeAgent:
         self.placed: dict[int, tuple[int, int]] = {}
         """Merged pages: address → (segment, slot)."""
         self.segments: dict[int, mmap.mmap] = {}
+        """By number; negative ones are of an earlier engine (see :meth:`successor`)."""
+        self.memfds: dict[int, int] = {}
+        """Their descriptors, those of a fork child excepted."""
+        self.device = 0
+        self.inodes: dict[int, int] = {}
+        """Of an earlier engine's segments."""
+        self.handed: int | None = None
+        """A descriptor to go with the next answer."""
         self.requests: list[int] = []
         """Types of all requests so far."""
         self.run_lengths: list[int] = []
@@ -102,6 +110,26 @@ class FakeAgent:
         if self._thread.is_alive():
             self._thread.join(5)
         self.sock.close()
+        self.forget_descriptors()
+
+    def forget_descriptors(self) -> None:
+        """As a fork child has none."""
+        for descriptor in self.memfds.values():
+            os.close(descriptor)
+        self.memfds.clear()
+
+    def successor(self, path: Path, *, flags: int | None = None) -> "FakeAgent":
+        """This process as it joins the engine at ``path``, after this one's is gone. What was merged still is."""
+        heir = type(self)(path, self.memory, flags=lib.UDD_HELLO_REJOIN if flags is None else flags, label=self._label)
+        heir.engine_id = self.engine_id
+        heir.placed = {address: (-abs(segment), slot) for address, (segment, slot) in self.placed.items()}
+        heir.segments = {-abs(number): memory for number, memory in self.segments.items()}
+        for number, descriptor in self.memfds.items():
+            heir.device, heir.inodes[-abs(number)] = os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino
+        heir.memfds = {-abs(number): descriptor for number, descriptor in self.memfds.items()}
+        self.memfds = {}
+        heir.reported = 0
+        return heir
 
     # ---- the application's side ----
 
@@ -135,7 +163,7 @@ class FakeAgent:
 
     def push_drop(self, address: int, segment: int, slot: int, pages: int = 1) -> None:
         """One record for the engine; during a count of runs only of what it was told of."""
-        if address >= self.reported:
+        if address >= self.reported or segment < 0:
             return
         record = self.drops.slots[self.drops.head % lib.UDD_DROP_SLOTS]
         record.address, record.segment, record.slot, record.pages, record.flags = address, segment, slot, pages, 1
@@ -172,8 +200,10 @@ class FakeAgent:
             if answer is None:
                 continue
             status, items, value, body = answer
+            handed, self.handed = self.handed, None
+            message = HEADER.pack(lib.UDD_MAGIC, lib.UDD_DONE, items, sequence, status, value) + body
             try:
-                self.sock.send(HEADER.pack(lib.UDD_MAGIC, lib.UDD_DONE, items, sequence, status, value) + body)
+                socket.send_fds(self.sock, [message], [] if handed is None else [handed])
             except BrokenPipeError:
                 continue
 
@@ -190,6 +220,7 @@ class FakeAgent:
             lib.UDD_UNMERGE: self.on_unmerge,
             lib.UDD_RUNS: self.on_runs,
             lib.UDD_SEGMENT_DROP: self.on_segment_drop,
+            lib.UDD_HANDOVER: self.on_handover,
         }
         if kind == lib.UDD_SEGMENT:
             return self.on_segment(packet, descriptors)
@@ -198,14 +229,33 @@ class FakeAgent:
     def on_segment(self, packet: bytes, descriptors: list[int]) -> tuple[int, int, int, bytes]:
         number = struct.unpack_from("<I", packet, HEADER.size)[0]
         self.segments[number] = mmap.mmap(descriptors[0], lib.UDD_SEGMENT_BYTES, prot=mmap.PROT_READ)
-        os.close(descriptors[0])
+        self.memfds[number] = descriptors[0]
+        for old in [old for old in self.inodes if self.inodes[old] == os.fstat(descriptors[0]).st_ino]:
+            self.placed = {
+                address: (number if segment == old else segment, slot)
+                for address, (segment, slot) in self.placed.items()
+            }
+            del self.segments[old], self.inodes[old]
+            if old in self.memfds:
+                os.close(self.memfds.pop(old))
+            self.reported = 0
+            return 0, 0, 1, b""
         return 0, 0, 0, b""
+
+    def on_handover(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        cursor = struct.unpack_from("<Q", packet, HEADER.size)[0]
+        for old in sorted(self.inodes, reverse=True):
+            if -old > cursor:
+                self.handed = self.memfds.get(old)
+                return 0, 1, -old, struct.pack("<QQ", self.device, self.inodes[old])
+        return 0, 0, 0, bytes(16)
 
     def on_segment_drop(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
         number = struct.unpack_from("<I", packet, HEADER.size)[0]
         if any(segment == number for segment, _ in self.placed.values()):
             return -16, 0, 0, b""
         self.segments.pop(number).close()
+        os.close(self.memfds.pop(number))
         return 0, 0, 0, b""
 
     def report(self, address: int, flags: int) -> bytes:
@@ -310,7 +360,7 @@ class FakeAgent:
         items = [
             struct.pack("<QIIIxxxx", address, 1, *self.placed[address])
             for address in sorted(self.placed)
-            if address >= cursor
+            if address >= cursor and self.placed[address][0] > 0
         ][: lib.UDD_ITEMS_MAX]
         if HEADER.unpack_from(packet)[5] == 1:
             self.reported = struct.unpack_from("<Q", items[-1])[0] + PAGE if items else END

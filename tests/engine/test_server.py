@@ -1,6 +1,7 @@
 """The whole engine with fake agents: pages merge, counts agree, who misbehaves is dropped alone, with one line."""
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -18,7 +19,9 @@ from engine.conftest import Running, Start
 from engine.fake_agent import HEADER, PAGE, FakeAgent, page
 
 from udedup._native import lib
+from udedup.engine.agent import Agent
 from udedup.engine.link import peer_of
+from udedup.engine.store import Segment
 from udedup.errors import UdedupError
 
 Warnings = Callable[[], list[str]]
@@ -450,15 +453,6 @@ async def test_count_while_pages_break(start: Start, warnings: Warnings) -> None
     await engine.until(agreed, "the count is exact")
     assert len(child.placed) < 1450
     assert not warnings()
-
-
-async def test_runs_of_another_engine_count_nothing(start: Start) -> None:
-    engine = await start()
-    child = FakeAgent(engine.path, memory(10), flags=lib.UDD_HELLO_REJOIN)
-    child.engine_id = (1, 2)
-    await engine.join(child)
-    await trio.sleep(0.1)
-    assert lib.UDD_RUNS not in child.requests
 
 
 async def test_lost_drop_records_lead_to_a_recount(start: Start) -> None:
@@ -929,6 +923,79 @@ async def marks_merging(agent: FakeAgent) -> bool:
     return True
 
 
+# ---- when memory is short ----
+
+
+async def test_store_that_can_t_grow(start: Start, warnings: Warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without a slot stay private, those with one are shared, one line says so; later all is well again."""
+    engine = await start()
+    first, second = await pair(engine, 4096)
+
+    def refuse(number: int, prefix: str) -> Segment:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    more = {**memory(4096, base=3 * BASE), **memory(100, base=4 * BASE, first=10_000)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "create", refuse)
+        third = await engine.join(FakeAgent(engine.path, more))
+        fourth = await engine.join(FakeAgent(engine.path, dict(more)))
+        await engine.until(lambda: len(third.placed) == len(fourth.placed) == 4096, "what has a slot is shared")
+        await engine.until(lambda: len(warnings()) > 0, "a line")
+        await trio.sleep(0.2)
+        (line,) = warnings()
+        assert "the store can't grow" in line
+    await merge_all(engine, first, second, third, fourth)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+async def test_no_memory_for_a_newcomer(
+    start: Start, warnings: Warnings, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It is not refused, which would be for good: it comes back."""
+    engine = await start()
+    first, second = await pair(engine, 100)
+
+    def refuse() -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("udedup.engine.server._shared_area", refuse)
+        late = FakeAgent(engine.path, memory(100, base=3 * BASE))
+
+        def try_to_join() -> bytes:
+            late.sock.send(late.hello())
+            return late.sock.recv(1000)
+
+        assert await trio.to_thread.run_sync(try_to_join) == b""
+        late.sock.close()
+    again = await engine.join(FakeAgent(engine.path, memory(100, base=3 * BASE)))
+    await merge_all(engine, first, second, again)
+    (line,) = warnings()
+    assert "has to wait" in line
+
+
+async def test_counts_are_made_up_for_after_a_shortage(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await start(retire_seconds=0.1)
+    first, second = await pair(engine, 100)
+    original, failures = Agent._merge_chunk, 0
+
+    async def fail_once(self: Agent, *arguments: Any) -> None:
+        nonlocal failures
+        failures += 1
+        await original(self, *arguments)
+        if failures == 1:
+            lib.udd_holder_clear(self._holder)  # as if they had not been counted
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(Agent, "_merge_chunk", fail_once)
+    third = await engine.join(FakeAgent(engine.path, memory(100, base=3 * BASE)))
+    await engine.until(lambda: len(third.placed) == 100, "merged")
+    third.write(3 * BASE, page(1))
+    third.write(3 * BASE + PAGE, page(1))
+    await merge_all(engine, first, second, third)
+    assert third.farewell is None
+
+
 # ---- first messages ----
 
 
@@ -968,6 +1035,27 @@ async def test_bad_hello(start: Start, warnings: Warnings, changes: dict[str, An
     assert HEADER.unpack_from(answer)[1] == lib.UDD_REFUSED
     assert text in answer[HEADER.size :].split(b"\0")[0].decode()
     await one_dropped(engine, warnings, text)
+
+
+@pytest.mark.parametrize("length", [40, 88, 264, 1000])
+async def test_other_versions_are_left_alone(start: Start, warnings: Warnings, length: int) -> None:
+    """Whatever follows the version in their hello. All of them together are worth one line."""
+    engine = await start()
+
+    def say() -> list[bytes]:
+        answers = []
+        for version in (2, 4, 2, 4, 99):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(str(engine.path))
+                sock.send(hello_with(engine.path, version=version)[:40].ljust(length, b"\0"))
+                answers.append(sock.recv(1000))
+                assert sock.recv(1000) == b""
+        return answers
+
+    for answer in await trio.to_thread.run_sync(say):
+        assert HEADER.unpack_from(answer)[1] == lib.UDD_REFUSED
+        assert "of the protocol" in answer[HEADER.size :].split(b"\0")[0].decode()
+    await one_dropped(engine, warnings, "version 2 of the protocol, this engine speaks 3")
 
 
 @pytest.mark.parametrize("packet", [b"\0", os.urandom(300), b"x" * 100_000])

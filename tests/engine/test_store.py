@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from udedup._native import ffi, lib
 from udedup.engine.index import Index
-from udedup.engine.store import F_SEAL_FUTURE_WRITE, SegmentNumbers, Store
+from udedup.engine.store import SEALS, SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import SEGMENT_SLOTS, AgentError, check
 
 PAGE = 4096
@@ -32,7 +32,7 @@ class Filled:
     """A store with pages 1 … ``pages`` in it, in order from slot 0 on."""
 
     def __init__(self, pages: int = 0) -> None:
-        self.store = Store(SegmentNumbers())
+        self.store = Store(SegmentNumbers(), segment_prefix("1000", "a-b/c"))
         self.index = Index()
         for start in range(1, pages + 1, lib.UDD_COPY_MAX):
             self.publish([page(n) for n in range(start, min(start + lib.UDD_COPY_MAX, pages + 1))])
@@ -113,15 +113,13 @@ def take(holder: object, runs: object, results: object) -> int:
 def test_seals_and_descriptor() -> None:
     filled = Filled(1)
     descriptor = filled.store.segments[1].descriptor
-    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-    assert seals & wanted == wanted
+    assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
     assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     with pytest.raises(PermissionError):
         mmap.mmap(descriptor, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     with pytest.raises(OSError, match="Invalid argument"):
         os.ftruncate(descriptor, PAGE)
-    assert str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("/memfd:udedup-store")
+    assert str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("/memfd:udedup-store-1000-a-b%2Fc-1 ")
 
 
 def test_slots_follow_each_other_across_batches_and_segments() -> None:
@@ -146,6 +144,27 @@ def test_the_same_content_twice_has_one_slot() -> None:
     filled = Filled(3)
     assert filled.publish([page(2), page(4)]) == (1, 0, 0)
     assert filled.place(page(2)) == (1, 1)
+
+
+def test_without_memory_nothing_is_written() -> None:
+    """The store says so before it writes: a write to memory that can't be had would end the engine."""
+    filled = Filled(3)
+    with mmap.mmap(-1, lib.UDD_SEGMENT_BYTES, prot=mmap.PROT_READ) as barren, ffi.from_buffer(barren) as base:
+        assert lib.udd_store_add_segment(filled.store.handle, 7, base) == 0
+        fresh = ffi.new("struct udd_fresh[1]")
+        fresh[0].digest, fresh[0].copy = digest_of(page(9)), 1
+        arguments = (page(9), fresh, 1, ffi.new("size_t *"), ffi.new("struct udd_target[1]"))
+        counts = ffi.new("struct udd_publish_counts *")
+        handles = (filled.store.handle, filled.index.handle)
+        assert lib.udd_store_publish(*handles, 7, *arguments, counts) == -12
+        assert filled.place(page(9)) is None
+        assert filled.store.state(7)[0] == counts.written == 0
+        moves = ffi.new("struct udd_move[]", lib.UDD_SEGMENT_SLOTS)
+        holder = filled.holder()
+        assert lib.udd_holder_adopt(holder, run(0, 3), 1) == 0
+        filled.index.forget_segment(1)
+        assert lib.udd_store_move(*handles, 1, 7, ffi.new("uint32_t *"), moves) == -12
+        assert [moves[slot].segment for slot in range(3)] == [0, 0, 0]
 
 
 class CountsMachine(RuleBasedStateMachine):
@@ -295,10 +314,11 @@ def test_retirement(live: int) -> None:
     slots = sorted(random.Random(live).sample(range(4096), live))
     for slot in slots:
         lib.udd_holder_adopt(holder, run(slot, 1), 1)
-    (segment,) = store.sparse()
+    (segment,) = store.sparse(0)
     assert segment.number == 1
     store.begin_retirement(segment, filled.index)
-    assert list(store.sparse()) == []
+    store.continue_retirement(segment, filled.index)
+    assert list(store.sparse(0)) == []
     for slot in range(4096):
         place = filled.place(page(slot + 1))
         if slot in slots:
@@ -321,7 +341,7 @@ def test_a_well_used_segment_is_not_retired() -> None:
     filled = Filled(4097)
     holder = filled.holder()
     lib.udd_holder_adopt(holder, run(0, 2048), 1)
-    assert list(filled.store.sparse()) == []
+    assert list(filled.store.sparse(0)) == []
 
 
 def test_check_tells_lies_from_failures() -> None:
@@ -331,6 +351,7 @@ def test_check_tells_lies_from_failures() -> None:
         check(-12, "a thing")
 
 
+@settings(deadline=None)
 @given(
     places=st.permutations(range(24)),
     wrong=st.sets(st.integers(0, 23)),
@@ -370,7 +391,7 @@ def test_with_and_without_userfaultfd(userfaultfd: bool) -> None:
     if not userfaultfd:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
-        store = Store(SegmentNumbers())
+        store = Store(SegmentNumbers(), segment_prefix("0", ""))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     filled = Filled()

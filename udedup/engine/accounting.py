@@ -115,6 +115,9 @@ class Counters:
     segments_retired: int = 0
     """Segments."""
 
+    segments_adopted: int = 0
+    """Segments of earlier engines that were taken over."""
+
     lead_times: LeadTimes = attrs.field(factory=LeadTimes)
 
 
@@ -169,6 +172,8 @@ class StoreStatus(msgspec.Struct, frozen=True):
     """The store of all domains."""
 
     segments: int
+    adopted: int
+    """Segments taken over from earlier engines, also those retired since."""
     bytes: int
     """Of slots written."""
     live_bytes: int

@@ -20,6 +20,7 @@ import trio
 
 from udedup.engine import hugepages, planner
 from udedup.engine.accounting import Counters
+from udedup.engine.adoption import Handover
 from udedup.engine.domain import Domain
 from udedup.engine.hints import Hinted, HintRing
 from udedup.engine.hugepages import Areas, HugePages
@@ -27,6 +28,7 @@ from udedup.engine.index import Matches
 from udedup.engine.link import Answer, Link, Peer
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.planner import Fresh, Runs, Targets
+from udedup.engine.shortage import Shortage
 from udedup.engine.store import Segment
 from udedup.engine.wire import (
     COPIED_BYTES,
@@ -140,11 +142,11 @@ class SharedArea:
     """The memory an agent and the engine share (native/common/wire.h)."""
 
     def __init__(self, descriptor: int) -> None:
-        """Maps it; the descriptor stays the caller's. Raises AgentError if there is no memory for it."""
+        """Maps it; the descriptor stays the caller's. Raises OSError if there is no memory for it."""
         # Not Python's mmap, which keeps a descriptor of its own for as long as the object is referred to.
         self._memory = ffi.gc(lib.udd_area_map(descriptor), lib.udd_area_unmap)
         if self._memory == ffi.NULL:
-            raise AgentError("no memory for its shared area")
+            raise OSError(errno.ENOMEM, "no memory for a shared area")
         base = ffi.cast("char *", self._memory)
         self.stats = ffi.cast("struct udd_stats *", base + lib.UDD_SHARED_STATS)
         self.hints = HintRing(ffi.cast("struct udd_hint_ring *", base + lib.UDD_SHARED_HINTS))
@@ -176,6 +178,7 @@ class Agent:
         others: Others,
         newest_segment: Callable[[], int],
         shares_first_read: bool,
+        shortage: Shortage,
     ) -> None:
         self.number = number
         self.peer = peer
@@ -196,9 +199,13 @@ class Agent:
         self._others = others
         self._newest_segment = newest_segment
         self._shares_first_read = shares_first_read
+        self._shortage = shortage
         self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
         if self._holder == ffi.NULL:
             raise MemoryError
+        self._handover = Handover(link, domain, counters, str(self))
+        self._uncounted = bool(hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN))
+        """Whether it has runs that are not counted yet."""
         self._sent: set[int] = set()
         self._adopted: set[int] = set()
         self._refused_segment = False
@@ -306,7 +313,11 @@ class Agent:
         try:
             async for job in self._todo:
                 self._working = True
-                await job.redeem()
+                try:
+                    await job.redeem()
+                except OSError as error:
+                    self._shortage.bear(error, f"work with {self} is put off")
+                    self._uncounted = True
                 self._working = False
         finally:
             self._abandon_jobs()
@@ -317,6 +328,9 @@ class Agent:
             self._drain()
 
     def _drain(self) -> None:
+        # What is not counted can't be given back; the count that is due makes these records void.
+        if self._uncounted:
+            return
         counts = ffi.new("struct udd_drop_counts *")
         check(
             lib.udd_holder_drain(self._holder, self.area.drops, self._newest_segment(), counts),
@@ -507,24 +521,23 @@ class Agent:
         targets = 0
         while position[0] < fresh.count:
             try:
-                segment = store.writable()
+                targets += check(
+                    lib.udd_store_publish(
+                        store.handle,
+                        self.domain.index.handle,
+                        store.writable().number,
+                        self.area.copies,
+                        fresh.array,
+                        fresh.count,
+                        position,
+                        ret_targets + targets,
+                        counts,
+                    ),
+                    "publishing pages",
+                )
             except OSError as error:
-                log.warning("no new store segment (%s): pages not shared yet stay private", error.strerror)
+                self._shortage.bear(error, "the store can't grow, pages not shared yet stay private")
                 break
-            targets += check(
-                lib.udd_store_publish(
-                    store.handle,
-                    self.domain.index.handle,
-                    segment.number,
-                    self.area.copies,
-                    fresh.array,
-                    fresh.count,
-                    position,
-                    ret_targets + targets,
-                    counts,
-                ),
-                "publishing pages",
-            )
         self._counters.copies_invalid += counts.invalid
         self._counters.copies_mismatch += counts.mismatch
         return targets
@@ -571,6 +584,8 @@ class Agent:
             for segment in pinned:
                 if not await self._send_segment(segment):
                     unusable.add(segment.number)
+            if self._uncounted:
+                await self.recount()
             if unusable:
                 runs = runs.without(unusable)
             for array, count in runs.chunks(ITEMS_MAX):
@@ -616,6 +631,8 @@ class Agent:
                 log.warning("%s took no store segment: %s", self, os.strerror(-answer.status))
             return False
         self._sent.add(segment.number)
+        # It had this segment from an earlier engine, and runs in it.
+        self._uncounted = self._uncounted or answer.value == 1
         return True
 
     async def unmerge(self) -> int:
@@ -628,9 +645,35 @@ class Agent:
 
     # ---- runs it has already ----
 
+    async def take_over(self) -> None:
+        """Takes over what it can of its runs in segments of earlier engines, and counts all its runs."""
+        segments = await self._handover.collect()
+        for segment in segments:
+            segment.pins += 1
+        try:
+            for segment in segments:
+                await self._send_segment(segment)
+            if self._uncounted:
+                await self.recount()
+        finally:
+            for segment in segments:
+                segment.pins -= 1
+
+    @property
+    def may_hand_over(self) -> bool:
+        """Whether :meth:`take_over` may do what it could not before."""
+        return self._handover.unfinished or self._uncounted
+
     async def recount(self) -> None:
         """Asks for all its runs and counts them anew: after a fork, a rejoin, or lost drop records."""
+        known = self.pages_merged > 0
+        self.domain.recounts += known
+        try:
+            await self._recount()
+        finally:
+            self.domain.recounts -= known
 
+    async def _recount(self) -> None:
         def take(answer: Answer, array: CData) -> None:
             check(lib.udd_holder_adopt(self._holder, array, answer.count), "a run it says it has")
             self._adopted.update(Runs(array, answer.count).segments() & self.domain.store.segments.keys())
@@ -638,6 +681,7 @@ class Agent:
 
         answer = await self._ask_runs(0, RECOUNT)
         check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
+        self._uncounted = False
         await self._read_runs(answer, RECOUNT, take)
         self._drain()
 

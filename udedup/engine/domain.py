@@ -12,7 +12,8 @@ import attrs
 import trio
 
 from udedup.engine.index import Index
-from udedup.engine.store import SegmentNumbers, Store
+from udedup.engine.link import Strays
+from udedup.engine.store import SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import AgentError
 from udedup.labels import OFF, PRIVATE, RESERVED
 
@@ -35,6 +36,12 @@ class DomainKey:
 
     agent: int = 0
     """Number of the one agent that is in it; 0: there may be many."""
+
+    @property
+    def owner(self) -> str:
+        """Whose it is, without a hyphen."""
+        owner = "shared" if self.uid is None else str(self.uid)
+        return f"{owner}.{self.agent}" if self.agent else owner
 
 
 def unmapped_uid() -> int | None:
@@ -91,7 +98,13 @@ class Domain:
     def __init__(self, key: DomainKey, numbers: SegmentNumbers) -> None:
         self.key = key
         self.index = Index()
-        self.store = Store(numbers)
+        self.store = Store(numbers, segment_prefix(key.owner, key.label))
+        self.adopting = trio.Lock()
+        """Held while one segment of an earlier engine is looked at."""
+        self.strays = Strays()
+        """Of its agents."""
+        self.recounts = 0
+        """Agents whose references are being counted anew: until that is done, too few are known."""
         self._publishing = trio.Lock()
 
     @asynccontextmanager
@@ -116,8 +129,7 @@ class Domain:
     @property
     def name(self) -> str:
         """For people."""
-        owner = "shared" if self.key.uid is None else str(self.key.uid)
-        return f"{owner}:{self.label}" if self.label else owner
+        return f"{self.key.owner}:{self.label}" if self.label else self.key.owner
 
 
 class Domains:

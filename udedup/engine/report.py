@@ -116,6 +116,7 @@ def status(
         memory=memory,
         store=StoreStatus(
             segments=sum(len(domain.store.segments) for domain in domains),
+            adopted=counters.segments_adopted,
             bytes=used * PAGE,
             live_bytes=shared * PAGE,
         ),

@@ -9,12 +9,14 @@ import trio
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
 from udedup.engine.domain import Domain
+from udedup.engine.shortage import Shortage
 
 
 class Household(Protocol):
     """What a retirement looks after."""
 
     counters: Counters
+    shortage: Shortage
 
     @property
     def agents(self) -> Iterable[Agent]:
@@ -42,16 +44,28 @@ class Retirement:
         """Begins, pushes on and finishes retirements."""
         for domain in self._household.domains:
             agents = [agent for agent in self._household.agents if agent.domain is domain]
-            for segment in domain.store.sparse():
-                domain.store.begin_retirement(segment, domain.index)
-            for segment in domain.store.segments.values():
-                if segment.moves is None:
-                    continue
-                for agent in agents:
-                    # Asked again at every look: what was busy the last time may not be now.
-                    if agent.segment_pages(segment.number):
-                        agent.submit(partial(agent.move_out, segment))
-            self._household.counters.segments_retired += len(domain.store.finish_retirement())
+            for agent in agents:
+                if agent.may_hand_over:
+                    agent.submit(agent.take_over)
+            # What is not counted seems to be dead.
+            if not domain.recounts:
+                self._retire(domain, agents)
             for agent in agents:
                 if agent.has_stale_segments:
                     agent.submit(agent.forget_segments)
+
+    def _retire(self, domain: Domain, agents: Iterable[Agent]) -> None:
+        for segment in domain.store.sparse(trio.current_time()):
+            domain.store.begin_retirement(segment, domain.index)
+        for segment in list(domain.store.segments.values()):
+            if segment.moves is None:
+                continue
+            try:
+                domain.store.continue_retirement(segment, domain.index)
+            except OSError as error:
+                self._household.shortage.bear(error, "moving pages out of a sparse segment has to wait")
+            for agent in agents:
+                # Asked again at every look: what was busy the last time may not be now.
+                if agent.segment_pages(segment.number):
+                    agent.submit(partial(agent.move_out, segment))
+        self._household.counters.segments_retired += len(domain.store.finish_retirement())

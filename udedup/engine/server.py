@@ -40,8 +40,18 @@ from udedup.engine.native import lib
 from udedup.engine.retirement import Retirement
 from udedup.engine.rounds import Rounds
 from udedup.engine.scheduler import Scheduler
+from udedup.engine.shortage import Shortage
 from udedup.engine.store import MFD_NOEXEC_SEAL, SegmentNumbers
-from udedup.engine.wire import PACKET_MAX, SHARED_BYTES, AgentError, Hello, parse_hello, refusal, welcome
+from udedup.engine.wire import (
+    PACKET_MAX,
+    SHARED_BYTES,
+    AgentError,
+    Hello,
+    OtherVersionError,
+    parse_hello,
+    refusal,
+    welcome,
+)
 from udedup.errors import UdedupError
 
 if TYPE_CHECKING:
@@ -69,6 +79,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.counters = Counters()
+        self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
         self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
         self.pace = _pace(config)
@@ -83,6 +94,7 @@ class Engine:
         self._vma_limit = maplimit.vma_limit()
         self._last_number = 0
         self._connections = 0
+        self._met_other_version = False
 
     @property
     def agents(self) -> list[Agent]:
@@ -106,9 +118,7 @@ class Engine:
                     await trio.lowlevel.wait_readable(listener)
                     continue
                 except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        raise
-                    log.warning("a connection has to wait: %s", error.strerror)
+                    self.shortage.bear(error, "a connection has to wait")
                     await trio.sleep(ACCEPT_PAUSE)
                     continue
                 sock.setblocking(False)
@@ -131,14 +141,21 @@ class Engine:
                 number = self._free_number()
                 with self._domains.membership(peer.uid, hello.label, number) as domain:
                     await self._serve_agent(sock, peer, hello, number, domain)
+        except OtherVersionError as error:
+            # Once for all of them: an upgrade finds many, and their children come, too.
+            level = logging.DEBUG if self._met_other_version else logging.WARNING
+            self._met_other_version = True
+            log.log(level, "connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
+            self._refuse(sock, str(error))
         except AgentError as error:
             log.warning("connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
         except LinkClosedError:
             log.debug("pid %d was gone before it was welcomed", peer.pid)
         except OSError as error:
+            # An agent that is not welcomed comes back later.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                raise
+                self.shortage.bear(error, f"pid {peer.pid} has to wait")
         finally:
             self._connections -= 1
             if sock.fileno() >= 0:
@@ -158,9 +175,8 @@ class Engine:
         agent, link = self._admit(sock, peer, hello, number, domain)
         self.counters.agents_joined += 1
         log.debug("%s joined domain %s", agent, agent.domain.name)
-        inherits = hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN)
-        if inherits and hello.engine_id == self.identity:
-            agent.submit(agent.recount)
+        if hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN):
+            agent.submit(agent.take_over)
         self.rounds.joined(agent)
         farewell: str | None = "the engine ends"
         try:
@@ -204,7 +220,7 @@ class Engine:
             raise failure
 
     def _admit(self, sock: socket.socket, peer: Peer, hello: Hello, number: int, domain: Domain) -> tuple[Agent, Link]:
-        """Makes the shared area and sends the welcome. Raises AgentError or LinkClosedError."""
+        """Makes the shared area and sends the welcome. Raises LinkClosedError, or OSError if memory is short."""
         with ExitStack() as stack:
             descriptor = _shared_area()
             stack.callback(os.close, descriptor)
@@ -231,7 +247,7 @@ class Engine:
             agent.rung()
             self.rounds.change()
 
-        link = Link(sock, answer_seconds=self.config.answer_seconds, on_doorbell=on_doorbell)
+        link = Link(sock, answer_seconds=self.config.answer_seconds, on_doorbell=on_doorbell, strays=domain.strays)
         agent = Agent(
             number=number,
             peer=peer,
@@ -245,6 +261,7 @@ class Engine:
             others=self.rounds,
             newest_segment=lambda: self._numbers.newest,
             shares_first_read=self.config.chosen_policy.shares_first_read,
+            shortage=self.shortage,
         )
         return agent, link
 
@@ -427,17 +444,14 @@ def _allow_descriptors() -> None:
 
 
 def _shared_area() -> int:
-    """The descriptor of a fresh shared area. Raises AgentError if there is no memory or descriptor for it."""
-    try:
-        descriptor = os.memfd_create("udedup-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
-    except OSError as error:
-        raise AgentError(f"no shared area for it: {error.strerror}") from None
+    """The descriptor of a fresh shared area. Raises OSError if there is no memory or descriptor for it."""
+    descriptor = os.memfd_create("udedup-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
     try:
         os.ftruncate(descriptor, SHARED_BYTES)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError as error:
+    except OSError:
         os.close(descriptor)
-        raise AgentError(f"no shared area for it: {error.strerror}") from None
+        raise
     return descriptor
 
 

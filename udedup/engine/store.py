@@ -3,12 +3,17 @@
 Slots are written and counted by native/engine/store.c. A segment ends by *retirement*: once few of its slots are still
 referred to they are copied into newer segments, agents move their runs over (verifying again), and when nobody refers
 to the old one it is closed. The kernel's own reference counts free the memory.
+
+Segments of an engine that is gone are taken over where ``udedup.engine.adoption`` finds that safe.
 """
 
 import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from urllib.parse import quote
+
+import attrs
 
 from udedup.engine.index import Index
 from udedup.engine.native import CData, ffi, lib
@@ -18,8 +23,19 @@ MFD_NOEXEC_SEAL = 8  # linux/memfd.h
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h
 SEGMENT_NAME = "udedup-store"
 
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
+"""Of every segment. Not F_SEAL_SEAL: the next engine, which takes it over, adds F_SEAL_WRITE."""
+
 RETIRE_LIVE_FRACTION = 0.25
 """A full segment with a smaller part of its slots in use is retired."""
+
+
+def segment_prefix(owner: str, label: str) -> str:
+    """How the memfds of a domain's segments are named, but for the number: it tells for good whose they are.
+
+    ``owner``: without a hyphen, so that no two domains have the same prefix.
+    """
+    return f"{SEGMENT_NAME}-{owner}-{quote(label, safe='')}"
 
 
 class SegmentNumbers:
@@ -35,29 +51,75 @@ class SegmentNumbers:
         return self.newest
 
 
+@attrs.frozen
+class Identity:
+    """Which memory a descriptor is of, by fstat()."""
+
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> "Identity":
+        """Of a memfd: a call that can't block."""
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino)
+
+
+@attrs.frozen(eq=False)
+class Inherited:
+    """A segment of an earlier engine, proven safe."""
+
+    descriptor: int
+    """Read-only, our own."""
+
+    digests: CData
+    """uint64_t[2 * SEGMENT_SLOTS], of its slots; 0, 0 for those that are all zero."""
+
+    used: int
+    """Slots up to the last that is not."""
+
+
 class Segment:
     """One sealed memfd of 16 MiB."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, descriptor: int, memory: mmap.mmap, *, settled_at: float = 0) -> None:
+        """See :meth:`create` and :meth:`inherit`; takes both over."""
         self.number = number
-        writable = os.memfd_create(f"{SEGMENT_NAME}-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
-        try:
-            os.ftruncate(writable, SEGMENT_BYTES)
-            self._memory = mmap.mmap(writable, SEGMENT_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            fcntl.fcntl(
-                writable,
-                fcntl.F_ADD_SEALS,
-                fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL,
-            )
-            self.descriptor = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
-            """Read-only: what agents get."""
-        finally:
-            os.close(writable)
-        self.base = ffi.from_buffer(self._memory)
+        self.descriptor = descriptor
+        """Read-only: what agents get."""
+        self.identity = Identity.of(descriptor)
+        self.settled_at = settled_at
+        """When those who refer to it are all here (trio.current_time()); it is not retired before."""
+        self._memory = memory
+        self.base = ffi.from_buffer(memory)
         self.pins = 0
         """Merges under way that refer to it."""
         self.moves: CData | None = None
         """Once it retires: where its slots went, struct udd_move[]."""
+
+    @classmethod
+    def create(cls, number: int, prefix: str) -> "Segment":
+        """An empty one. Raises OSError."""
+        writable = os.memfd_create(f"{prefix}-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
+        try:
+            # Agents of other users can't open it anew for writing, hence not add a seal that would be in the way later.
+            os.fchmod(writable, 0o600)
+            os.ftruncate(writable, SEGMENT_BYTES)
+            memory = mmap.mmap(writable, SEGMENT_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            fcntl.fcntl(writable, fcntl.F_ADD_SEALS, SEALS)
+            return cls(number, os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), memory)
+        finally:
+            os.close(writable)
+
+    @classmethod
+    def inherit(cls, number: int, inherited: Inherited, *, settled_at: float) -> "Segment":
+        """One of an earlier engine. Takes its descriptor over, also if it raises OSError."""
+        try:
+            memory = mmap.mmap(inherited.descriptor, SEGMENT_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError:
+            os.close(inherited.descriptor)
+            raise
+        return cls(number, inherited.descriptor, memory, settled_at=settled_at)
 
     def release_pages(self) -> None:
         """Unmaps its pages from the engine, whose memory they would otherwise count as; they stay in the segment."""
@@ -73,26 +135,52 @@ class Segment:
 class Store:
     """The segments of one domain."""
 
-    def __init__(self, numbers: SegmentNumbers) -> None:
+    def __init__(self, numbers: SegmentNumbers, prefix: str) -> None:
+        """``prefix``: see :func:`segment_prefix`."""
+        self.prefix = prefix
         self._numbers = numbers
         self.handle = ffi.gc(lib.udd_store_create(), lib.udd_store_destroy)
         if self.handle == ffi.NULL:
             raise MemoryError
         self.segments: dict[int, Segment] = {}
         """By number, retiring ones included."""
+        self._by_identity: dict[Identity, Segment] = {}
         self._current: Segment | None = None
 
     def writable(self) -> Segment:
         """The segment that takes the next slots; a new one if the last is full. Raises OSError."""
         if self._current is not None and self.state(self._current.number)[0] < SEGMENT_SLOTS:
             return self._current
-        segment = Segment(self._numbers.take())
+        segment = Segment.create(self._numbers.take(), self.prefix)
         check(lib.udd_store_add_segment(self.handle, segment.number, segment.base), "a new segment")
         if self._current is not None:
             self._current.release_pages()
-        self.segments[segment.number] = segment
+        self._keep(segment)
         self._current = segment
         return segment
+
+    def find(self, identity: Identity) -> Segment | None:
+        """The segment with this memory."""
+        return self._by_identity.get(identity)
+
+    def inherit(self, inherited: Inherited, index: Index, *, settled_at: float) -> Segment:
+        """Goes on with a segment of an earlier engine; takes its descriptor over. Raises OSError."""
+        number = self._numbers.take()
+        segment = Segment.inherit(number, inherited, settled_at=settled_at)
+        adopted = lib.udd_store_adopt_segment(
+            self.handle, index.handle, number, segment.base, inherited.used, inherited.digests
+        )
+        if adopted < 0:
+            index.forget_segment(number)
+            lib.udd_store_remove_segment(self.handle, number)
+            segment.close()
+        check(adopted, "a segment of an earlier engine")
+        self._keep(segment)
+        return segment
+
+    def _keep(self, segment: Segment) -> None:
+        self.segments[segment.number] = segment
+        self._by_identity[segment.identity] = segment
 
     def state(self, number: int) -> tuple[int, int, int]:
         """Slots written, slots referred to, references."""
@@ -110,26 +198,33 @@ class Store:
         """Store pages written, dead ones included."""
         return sum(self.state(number)[0] for number in self.segments)
 
-    def sparse(self) -> Iterator[Segment]:
+    def sparse(self, now: float) -> Iterator[Segment]:
         """Full segments worth retiring."""
         for segment in list(self.segments.values()):
             used, live, _ = self.state(segment.number)
-            if segment is not self._current and segment.moves is None and live < RETIRE_LIVE_FRACTION * used:
+            if segment is self._current or segment.moves is not None or now < segment.settled_at:
+                continue
+            if live < RETIRE_LIVE_FRACTION * used or not used:
                 yield segment
 
     def begin_retirement(self, segment: Segment, index: Index) -> None:
-        """Copies what is live in ``segment`` to newer ones; from here on nothing new is merged with it."""
-        moves = ffi.new("struct udd_move[]", SEGMENT_SLOTS)
+        """From here on nothing new is merged with ``segment``."""
+        index.forget_segment(segment.number)
+        segment.moves = ffi.new("struct udd_move[]", SEGMENT_SLOTS)
+
+    def continue_retirement(self, segment: Segment, index: Index) -> None:
+        """Finds or makes another place for what is live in ``segment`` and has none yet. Raises OSError.
+
+        Not only once: who was away may come back with references.
+        """
         position = ffi.new("uint32_t *")
         used, live, _ = self.state(segment.number)
         while live and position[0] < used:
             target = self.writable()
             check(
-                lib.udd_store_move(self.handle, index.handle, segment.number, target.number, position, moves),
+                lib.udd_store_move(self.handle, index.handle, segment.number, target.number, position, segment.moves),
                 f"moving segment {segment.number}",
             )
-        index.forget_segment(segment.number)
-        segment.moves = moves
         segment.release_pages()
 
     def finish_retirement(self) -> list[int]:
@@ -140,6 +235,7 @@ class Store:
                 continue
             check(lib.udd_store_remove_segment(self.handle, segment.number), f"closing segment {segment.number}")
             del self.segments[segment.number]
+            del self._by_identity[segment.identity]
             segment.close()
             finished.append(segment.number)
         return finished
@@ -149,4 +245,5 @@ class Store:
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()
+        self._by_identity.clear()
         self._current = None

@@ -9,6 +9,9 @@ import attrs
 from udedup.engine.native import CData, ffi, lib
 
 HEADER = struct.Struct("<IHHIiQ")
+HELLO_START = struct.Struct("<IH18xI")
+"""Magic, type and version, in every version of the protocol."""
+
 SEGMENT_TAIL = struct.Struct("<II")
 SCAN_TAIL = struct.Struct("<II")
 CURSOR_TAIL = struct.Struct("<Q")
@@ -17,6 +20,7 @@ HELLO_BYTES: int = ffi.sizeof("struct udd_hello")
 REPORTS_BYTES: int = ffi.sizeof("struct udd_reports")
 REPORT_BYTES: int = ffi.sizeof("struct udd_report")
 COPIED_BYTES: int = ffi.sizeof("struct udd_copied")
+HANDOVER_BYTES: int = ffi.sizeof("struct udd_handover")
 HUGE_ANSWER_BYTES: int = ffi.sizeof("struct udd_huge")
 RANGE_BYTES: int = ffi.sizeof("struct udd_range")
 RUN_BYTES: int = ffi.sizeof("struct udd_run")
@@ -44,6 +48,17 @@ class AgentError(Exception):
     """An agent did what it can't have done in good faith, or did nothing: it is dropped. The text says what."""
 
 
+class OtherVersionError(AgentError):
+    """An agent speaks another version of the protocol: it is left alone."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"it speaks version {version} of the protocol, this engine speaks {lib.UDD_WIRE_VERSION}: "
+            "install the same udedup on both sides"
+        )
+        self.version = version
+
+
 @attrs.frozen
 class Hello:
     """An agent's first message."""
@@ -66,16 +81,17 @@ class Hello:
 
 def parse_hello(packet: bytes) -> Hello:
     """Checks a first message. Raises AgentError."""
-    if len(packet) != HELLO_BYTES:
-        raise AgentError(f"its hello has {len(packet)} bytes instead of {HELLO_BYTES}: is it another version?")
-    hello = ffi.from_buffer("struct udd_hello *", packet)
-    if hello.header.magic != lib.UDD_MAGIC or hello.header.type != lib.UDD_HELLO:
+    if len(packet) < HELLO_START.size:
+        raise AgentError(f"its first message has {len(packet)} bytes, which is no hello")
+    magic, kind, version = HELLO_START.unpack_from(packet)
+    if magic != lib.UDD_MAGIC or kind != lib.UDD_HELLO:
         raise AgentError("its first message is no hello")
-    if hello.version != lib.UDD_WIRE_VERSION:
-        raise AgentError(
-            f"it speaks version {hello.version} of the protocol, this engine speaks {lib.UDD_WIRE_VERSION}: "
-            "install the same udedup on both sides"
-        )
+    # Before the length, which is the version's.
+    if version != lib.UDD_WIRE_VERSION:
+        raise OtherVersionError(version)
+    if len(packet) != HELLO_BYTES:
+        raise AgentError(f"its hello has {len(packet)} bytes instead of {HELLO_BYTES}")
+    hello = ffi.from_buffer("struct udd_hello *", packet)
     return Hello(
         flags=hello.flags,
         engine_id=(hello.engine_id[0], hello.engine_id[1]),

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: MIT
 // Does what it is told, line by line, and answers with one line each: for tests with several processes, or odd engines. It has
-// 64 pages: number i holds contents that all puppets with the same SALT have, or, after "own", its own.
+// 64 pages, or as many as PAGES says: number i holds contents that all puppets with the same SALT have, or, after "own", its own.
 #include "merged.h"
 
-enum { PAGES = 64 };
-
 static char *at;
-static bool written[PAGES];
+static size_t pages;
+static bool *written;
 
 static bool all_right(void)
 {
-	for (size_t i = 0; i < PAGES; i++) {
+	for (size_t i = 0; i < pages; i++) {
 		if (!page_is(at + i * PAGE, written[i] ? 2 : 1, i))
 			return false;
 	}
@@ -23,17 +22,20 @@ int main(void)
 	unsigned long number;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
-	at = plain(PAGES);
-	fill(at, PAGES, 1, WHOLE, 0);
+	pages = getenv("PAGES") ? strtoul(getenv("PAGES"), NULL, 0) : 64;
+	written = calloc(pages, sizeof(*written));
+	check(written);
+	at = plain(pages);
+	fill(at, pages, 1, WHOLE, 0);
 	printf("%lu\n", (unsigned long)at);
 	while (fgets(line, sizeof(line), stdin)) {
 		number = 0;
 		if (sscanf(line, "%31s %lu", command, &number) < 1)
 			continue;
 		if (strcmp(command, "merged") == 0) {
-			printf("%zu\n", count_merged(at, PAGES));
+			printf("%zu\n", count_merged(at, pages));
 		} else if (strcmp(command, "advise") == 0) {
-			advise(at, PAGES * PAGE);
+			advise(at, pages * PAGE);
 			printf("ok\n");
 		} else if (strcmp(command, "check") == 0) {
 			printf("%s\n", all_right() ? "right" : "wrong");
@@ -43,6 +45,18 @@ int main(void)
 			fill_page(at + number * PAGE, 2, number);
 			written[number] = true;
 			printf("%.6f\n", seconds() - started);
+		} else if (strcmp(command, "fork") == 0) {
+			pid_t child = fork();
+
+			check(child >= 0);
+			// The child goes on as the puppet; who was it so far waits for its end.
+			if (child) {
+				int status;
+
+				check(waitpid(child, &status, 0) == child);
+				_exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+			}
+			printf("%d\n", getpid());
 		} else if (strcmp(command, "stats") == 0) {
 			struct udedup_stats now = stats();
 

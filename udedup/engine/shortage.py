@@ -1,0 +1,34 @@
+"""When the machine or the engine's control group has no more memory or descriptors: going on with what there is.
+
+What was asked for is given up. Nothing but sharing is lost by that, so there is nothing to undo and nobody to tell but
+the log, which gets a line now and then.
+"""
+
+import errno
+import logging
+
+import trio
+
+log = logging.getLogger(__name__)
+
+ERRORS = frozenset({errno.ENOMEM, errno.ENOSPC, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS})
+"""What a system call says then."""
+
+QUIET_SECONDS = 60.0
+"""Between two lines."""
+
+
+class Shortage:
+    """Of one engine."""
+
+    def __init__(self) -> None:
+        self._next_line = 0.0
+
+    def bear(self, error: OSError, what: str) -> None:
+        """Says that ``what`` is given up. Raises ``error`` if it is something else."""
+        if error.errno not in ERRORS:
+            raise error
+        now = trio.current_time()
+        if now >= self._next_line:
+            self._next_line = now + QUIET_SECONDS
+            log.warning("%s (%s): more such lines only in a minute", what, error.strerror)
