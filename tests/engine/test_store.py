@@ -149,7 +149,11 @@ def test_the_same_content_twice_has_one_slot() -> None:
 def test_without_memory_nothing_is_written() -> None:
     """The store says so before it writes: a write to memory that can't be had would end the engine."""
     filled = Filled(3)
-    with mmap.mmap(-1, lib.UDD_SEGMENT_BYTES, prot=mmap.PROT_READ) as barren, ffi.from_buffer(barren) as base:
+    descriptor = os.memfd_create("barren")
+    os.ftruncate(descriptor, lib.UDD_SEGMENT_BYTES)
+    with mmap.mmap(descriptor, lib.UDD_SEGMENT_BYTES) as barren, ffi.from_buffer(barren) as base:
+        os.truncate(descriptor, 0)
+        os.close(descriptor)
         assert lib.udd_store_add_segment(filled.store.handle, 7, base) == 0
         fresh = ffi.new("struct udd_fresh[1]")
         fresh[0].digest, fresh[0].copy = digest_of(page(9)), 1
