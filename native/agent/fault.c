@@ -255,10 +255,22 @@ static unsigned read_events(struct uffd_msg *messages)
 	return udd_failed(got) ? 0 : (unsigned)((unsigned long)got / sizeof(*messages));
 }
 
-struct udd_span udd_fault_drain(void)
+// Which of the UDD_RUN_MAX pages from `base` on lie in `span`.
+static uint64_t pages_in(struct udd_span span, uint64_t base)
+{
+	uint64_t ret = 0;
+
+	for (unsigned i = 0; i < UDD_RUN_MAX; i++) {
+		if (udd_span_overlaps(page_at(base + udd_bytes(i)), span))
+			ret |= 1UL << i;
+	}
+	return ret;
+}
+
+uint64_t udd_fault_drain(uint64_t base)
 {
 	struct uffd_msg messages[BATCH];
-	struct udd_span removed = {0};
+	uint64_t removed = 0;
 	unsigned count;
 
 	while ((count = read_events(messages))) {
@@ -269,10 +281,7 @@ struct udd_span udd_fault_drain(void)
 				struct udd_span span = {messages[i].arg.remove.start, messages[i].arg.remove.end};
 
 				serve_removal(span);
-				removed = udd_span_empty(removed)
-						  ? span
-						  : (struct udd_span){udd_min(removed.start, span.start),
-								      udd_max(removed.end, span.end)};
+				removed |= pages_in(span, base);
 			}
 		}
 	}
