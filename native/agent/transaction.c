@@ -79,7 +79,7 @@ bool udd_worker_lock(uint64_t *started)
 	if (!udd_lock_exclusive_timed(&udd_live()->lock, LOCK_PATIENCE_NS))
 		return false;
 	*started = udd_now();
-	udd_settle_breaks();
+	udd_settle();
 	udd_layout_apply(&udd_agent.layout, udd_live()->stale, udd_live()->stale_count);
 	udd_live()->stale_count = 0;
 	return true;
