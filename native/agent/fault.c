@@ -323,7 +323,7 @@ static void serve_owner_only(int32_t owner)
 
 	for (unsigned i = 0; i < count; i++) {
 		uint64_t page = udd_page_down(messages[i].arg.pagefault.address);
-		int ret = -EAGAIN;
+		int ret = 0;
 
 		if (messages[i].event == UFFD_EVENT_REMOVE) {
 			defer_removal((struct udd_span){messages[i].arg.remove.start, messages[i].arg.remove.end});
@@ -331,15 +331,17 @@ static void serve_owner_only(int32_t owner)
 		}
 		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
 			continue;
-		if ((int32_t)messages[i].arg.pagefault.feat.ptid == owner) {
-			if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
-				ret = break_in_place(page, false);
-			else if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR)
-				ret = serve_minor(page);
-		}
-		if (ret == -EAGAIN)
+		if ((int32_t)messages[i].arg.pagefault.feat.ptid != owner) {
 			put_aside(page);
-		else if (ret != SERVED)
+			continue;
+		}
+		if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
+			ret = break_in_place(page, false);
+		else if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR)
+			ret = serve_minor(page);
+		// Not put aside if an event must be read first: that would be for as long as it holds the lock. It faults again, and
+		// finds us back in a moment.
+		if (ret != SERVED)
 			udd_uffd_wake(page_at(page));
 	}
 }
