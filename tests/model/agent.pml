@@ -553,7 +553,11 @@ inline finish_fault() /* serve_fault() */
 {
 	if
 	:: ret == EAGAIN -> aside[page] = 1 /* put_aside() */
+#ifdef NO_WAKE
+	:: ret != EAGAIN && !served && kind != FAULT_MISSING -> d_step { k_wake(page) }
+#else
 	:: ret != EAGAIN && !served -> d_step { k_wake(page) }
+#endif
 	:: else
 	fi;
 	served = 0; ret = OK; page = 0; kind = 0

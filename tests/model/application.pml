@@ -104,6 +104,8 @@ inline enter() /* enter() */
 {
 #ifndef NO_MAP_LOCK
 	atomic { !held && !waiters -> readers++ };
+#else
+	skip;
 #endif
 	touch_stack()
 }
