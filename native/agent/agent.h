@@ -25,6 +25,7 @@ enum {
 	UDD_STALE_SLOTS = 512,
 	UDD_STAGING_PAGES = 512,
 	UDD_BLOCK_SLOTS = 256,
+	UDD_UNSETTLED_SLOTS = 1024,
 	UDD_PATH_MAX = 108,
 };
 
@@ -61,6 +62,12 @@ struct udd_fd {
 	uint8_t on_mount; // the file is on the udedup mount
 };
 
+// What happened to merged pages while the table was not the fault thread's to change.
+struct udd_unsettled {
+	struct udd_span span;
+	bool removed; // dropped by a raw system call; else broken in place, and span is one page
+};
+
 struct udd_live {
 	uint32_t started;     // 0 in a process that nobody set up yet: a fork child
 	uint32_t merging;     // enum udd_merging; transactions are allowed
@@ -95,9 +102,11 @@ struct udd_live {
 	// shared, emptied under it held exclusively.
 	uint32_t stale_count;
 	struct udd_stale stale[UDD_STALE_SLOTS];
-	// Pages that broke without the lock held exclusively: to be taken out of the table by the next who holds it.
-	uint32_t pending_count;
-	uint64_t pending[64];
+	// What the table has to be told by the next who holds the lock exclusively. The fault thread appends, whoever holds the
+	// lock; so these are a ring of one writer and one reader.
+	uint32_t unsettled_head; // next to be read
+	uint32_t unsettled_tail; // next to be written
+	struct udd_unsettled unsettled[UDD_UNSETTLED_SLOTS];
 	struct {
 		uint64_t page; // page number
 		uint64_t until; // ns

@@ -121,24 +121,59 @@ static void count_break(struct udd_span span)
 	udd_hold_off(span);
 }
 
+static uint32_t unsettled_room(void)
+{
+	const struct udd_live *live = udd_live();
+
+	return UDD_UNSETTLED_SLOTS - (live->unsettled_tail - __atomic_load_n(&live->unsettled_head, __ATOMIC_ACQUIRE));
+}
+
+// There must be room.
+static void append_unsettled(struct udd_span span, bool removed)
+{
+	struct udd_live *live = udd_live();
+
+	live->unsettled[live->unsettled_tail % UDD_UNSETTLED_SLOTS] = (struct udd_unsettled){.span = span, .removed = removed};
+	__atomic_store_n(&live->unsettled_tail, live->unsettled_tail + 1, __ATOMIC_RELEASE);
+}
+
+// Is there a removal in `span` that the table does not know of? Nobody settles meanwhile: the lock is held, if only shared.
+static bool removal_unsettled(struct udd_span span)
+{
+	const struct udd_live *live = udd_live();
+
+	for (uint32_t i = live->unsettled_head; i != live->unsettled_tail; i++) {
+		const struct udd_unsettled *entry = &live->unsettled[i % UDD_UNSETTLED_SLOTS];
+
+		if (entry->removed && udd_span_overlaps(entry->span, span))
+			return true;
+	}
+	return false;
+}
+
 // Breaks one page where it is: the kernel copies it as soon as protection is lifted. Without the exclusive lock, the table
-// hears of it later.
+// hears of it later; noted before, because the writer goes on at once, and may hold the lock.
 static int break_in_place(uint64_t page, bool exclusive)
 {
 	struct udd_live *live = udd_live();
 	struct udd_span span = page_at(page);
 	int ret;
 
-	if (!exclusive && live->pending_count == sizeof(live->pending) / sizeof(live->pending[0]))
-		return -EAGAIN;
+	if (!exclusive) {
+		if (!unsettled_room())
+			return -EAGAIN;
+		append_unsettled(span, false);
+	}
 	ret = udd_uffd_protect(span, false);
-	if (ret)
+	if (ret) {
+		// Its reader can't have come by: who might be it is the writer, and waits.
+		if (!exclusive)
+			__atomic_store_n(&live->unsettled_tail, live->unsettled_tail - 1, __ATOMIC_RELEASE);
 		return ret;
+	}
 	count_break(span);
 	if (exclusive)
 		udd_broke_in_place(span);
-	else
-		live->pending[live->pending_count++] = page;
 	return SERVED;
 }
 
@@ -257,7 +292,10 @@ static void serve_fault(const struct uffd_msg *message, bool exclusive)
 	uint64_t flags = message->arg.pagefault.flags;
 	int ret = 0;
 
-	if (udd_merged_in(page_at(page))) {
+	if (removal_unsettled(page_at(page))) {
+		// To the application its content is gone, the table still has the store's: nobody may see it again.
+		ret = -EAGAIN;
+	} else if (udd_merged_in(page_at(page))) {
 		if (flags & UFFD_PAGEFAULT_FLAG_WP)
 			ret = serve_write(page, exclusive);
 		else if (flags & UFFD_PAGEFAULT_FLAG_MINOR)
@@ -273,40 +311,29 @@ static void serve_fault(const struct uffd_msg *message, bool exclusive)
 		udd_uffd_wake(page_at(page));
 }
 
-static const char DISCARDED[] = "memory was discarded by a raw system call";
-
 // Memory was, or is about to be, dropped by a raw system call. The kernel goes on with it once we have read the event, at a
 // time we can't know: from now on a transaction might bring back what it drops. So there are no more of them.
-static void serve_removal(struct udd_span span)
+static void note_removal(void)
 {
 	__atomic_add_fetch(&udd_live()->stats->foreign_events, 1, __ATOMIC_RELAXED);
 	udd_test_count(UDD_TEST_FOREIGN, 1);
-	udd_stop_merging(DISCARDED);
+	udd_stop_merging("memory was discarded by a raw system call");
+}
+
+static void serve_removal(struct udd_span span)
+{
+	note_removal();
 	if (udd_merged_in(span)) {
 		udd_discard(span);
 		udd_uffd_wake(span);
 	}
 }
 
-// Removals read without the lock held exclusively. Those who made them wait for nothing any more, but no transaction starts.
-static struct udd_span deferred[BATCH];
-static unsigned deferred_count;
-
+// Without the lock held exclusively. Who made it waits for nothing any more, but no transaction starts.
 static void defer_removal(struct udd_span span)
 {
-	udd_stop_merging(DISCARDED);
-	if (deferred_count < BATCH) {
-		deferred[deferred_count++] = span;
-	} else {
-		deferred[0].start = udd_min(deferred[0].start, span.start);
-		deferred[0].end = udd_max(deferred[0].end, span.end);
-	}
-}
-
-static void serve_deferred(void)
-{
-	while (deferred_count)
-		serve_removal(deferred[--deferred_count]);
+	note_removal();
+	append_unsettled(span, true);
 }
 
 // Reads up to BATCH events. Returns how many.
@@ -320,10 +347,22 @@ static unsigned read_events(struct uffd_msg *messages)
 	return udd_failed(got) ? 0 : (unsigned)((unsigned long)got / sizeof(*messages));
 }
 
-struct udd_span udd_fault_drain(void)
+// Which of the UDD_RUN_MAX pages from `base` on lie in `span`.
+static uint64_t pages_in(struct udd_span span, uint64_t base)
+{
+	uint64_t ret = 0;
+
+	for (unsigned i = 0; i < UDD_RUN_MAX; i++) {
+		if (udd_span_overlaps(page_at(base + udd_bytes(i)), span))
+			ret |= 1UL << i;
+	}
+	return ret;
+}
+
+uint64_t udd_fault_drain(uint64_t base)
 {
 	struct uffd_msg messages[BATCH];
-	struct udd_span removed = {0};
+	uint64_t removed = 0;
 	unsigned count;
 
 	while ((count = read_events(messages))) {
@@ -334,28 +373,22 @@ struct udd_span udd_fault_drain(void)
 				struct udd_span span = {messages[i].arg.remove.start, messages[i].arg.remove.end};
 
 				serve_removal(span);
-				removed = udd_span_empty(removed)
-						  ? span
-						  : (struct udd_span){udd_min(removed.start, span.start),
-								      udd_max(removed.end, span.end)};
+				removed |= pages_in(span, base);
 			}
 		}
 	}
 	return removed;
 }
 
-// An application thread holds the lock exclusively, in a hook, and ran into a merged page itself: its stack, say. It can't
-// wait for us while we wait for it. No transaction is under way, so its faults are served in place; everything else waits
-// until the lock is free.
-static void serve_owner(void)
+// Serves faults of the thread that holds the lock exclusively.
+static void serve_owner_only(int32_t owner)
 {
-	int32_t owner = __atomic_load_n(&udd_live()->lock.owner, __ATOMIC_ACQUIRE);
 	struct uffd_msg messages[BATCH];
-	unsigned count = owner ? read_events(messages) : 0;
+	unsigned count = read_events(messages);
 
 	for (unsigned i = 0; i < count; i++) {
 		uint64_t page = udd_page_down(messages[i].arg.pagefault.address);
-		int ret = -EAGAIN;
+		int ret = 0;
 
 		if (messages[i].event == UFFD_EVENT_REMOVE) {
 			defer_removal((struct udd_span){messages[i].arg.remove.start, messages[i].arg.remove.end});
@@ -363,36 +396,52 @@ static void serve_owner(void)
 		}
 		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
 			continue;
-		if ((int32_t)messages[i].arg.pagefault.feat.ptid == owner) {
-			if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
-				ret = break_in_place(page, false);
-			else if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR)
-				ret = serve_minor(page);
-		}
-		if (ret == -EAGAIN)
+		if ((int32_t)messages[i].arg.pagefault.feat.ptid != owner) {
 			put_aside(page);
-		else if (ret != SERVED)
+			continue;
+		}
+		if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP)
+			ret = break_in_place(page, false);
+		else if (messages[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR)
+			ret = serve_minor(page);
+		// Not put aside if an event must be read first: that would be for as long as it holds the lock. It faults again, and
+		// finds us back in a moment.
+		if (ret != SERVED)
 			udd_uffd_wake(page_at(page));
 	}
 }
 
+// An application thread holds the lock exclusively, in a hook, and ran into a merged page itself: its stack, say. It can't
+// wait for us while we wait for it. No transaction is under way, nor can one begin before we let the owner go, so its faults
+// are served in place; everything else waits until the lock is free.
+static void serve_owner(void)
+{
+	struct udd_lock *lock = &udd_live()->lock;
+	int32_t owner = unsettled_room() < BATCH ? 0 : udd_lock_keep_owner(lock);
+
+	if (!owner)
+		return;
+	serve_owner_only(owner);
+	udd_lock_let_go_owner(lock);
+}
+
 // Events are read under the map lock, so that none is overtaken by a transaction. Held exclusively wherever that is to be
-// had in time; an application thread that holds it shared may be waiting for us.
-static void serve_all(void)
+// had in time; an application thread that holds it shared may be waiting for us. False if removals were read that the table
+// could not be told of: then it is to be called again.
+static bool serve_all(void)
 {
 	struct udd_live *live = udd_live();
 	struct uffd_msg messages[BATCH];
 	bool exclusive;
+	bool settled;
 	unsigned count;
 
 	while (!(exclusive = udd_lock_exclusive_timed(&live->lock, EXCLUSIVE_NS)) && !udd_trylock_shared_urgent(&live->lock))
 		serve_owner();
-	if (exclusive) {
-		udd_settle_breaks();
-		serve_deferred();
-	}
+	if (exclusive)
+		udd_settle();
 	do {
-		count = read_events(messages);
+		count = exclusive || unsettled_room() >= BATCH ? read_events(messages) : 0;
 		for (unsigned i = 0; i < count; i++) {
 			if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
 				serve_fault(&messages[i], exclusive);
@@ -407,18 +456,13 @@ static void serve_all(void)
 		}
 		// What was put aside waits for an event that has not been read yet.
 	} while (count == BATCH || (count && aside_count));
-	if (!exclusive && deferred_count) {
-		udd_unlock_shared(&live->lock);
-		udd_lock_exclusive(&live->lock, 0);
-		exclusive = true;
-		udd_settle_breaks();
-		serve_deferred();
-	}
+	settled = !removal_unsettled((struct udd_span){0, UINT64_MAX});
 	udd_fault_release();
 	if (exclusive)
 		udd_unlock_exclusive(&live->lock);
 	else
 		udd_unlock_shared(&live->lock);
+	return settled;
 }
 
 void udd_fault_thread(void *argument)
@@ -430,10 +474,11 @@ void udd_fault_thread(void *argument)
 		long count = udd_sys(SYS_epoll_pwait, epoll_fd, events, 4, close_blocks(), NULL, 0);
 
 		for (long i = 0; i < count; i++) {
-			if (events[i].data.fd == udd_uffd())
-				serve_all();
-			else
+			if (events[i].data.fd != udd_uffd())
 				udd_ring(UDD_BELL_SOCKET);
+			else
+				while (!serve_all())
+					;
 		}
 	}
 }

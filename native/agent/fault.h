@@ -18,8 +18,9 @@ int udd_fault_watch(int socket);
 int udd_fault_pagemap(void);
 
 // The worker, holding the map lock exclusively: reads what waits in the userfaultfd, because an ioctl said EAGAIN. Faults
-// are put aside for udd_fault_release(); removals are carried out on the table. Returns the span of what was removed.
-struct udd_span udd_fault_drain(void);
+// are put aside for udd_fault_release(); removals are carried out on the table. Returns a bit mask of those that were removed
+// of the UDD_RUN_MAX pages from `base` on.
+uint64_t udd_fault_drain(uint64_t base);
 // Wakes those whose faults were put aside: they fault again.
 void udd_fault_release(void);
 

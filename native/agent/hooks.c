@@ -92,7 +92,7 @@ static void enter_exclusive(uint64_t *mask)
 		udd_unlock_shared(&live->lock);
 	if (udd_lock_exclusive(&live->lock, (int32_t)udd_sys(SYS_gettid)))
 		udd_test_count(UDD_TEST_COLLIDED, 1);
-	udd_settle_breaks();
+	udd_settle();
 }
 
 static void leave_exclusive(const uint64_t *mask)

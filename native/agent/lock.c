@@ -137,7 +137,28 @@ bool udd_lock_exclusive(struct udd_lock *lock, int32_t owner)
 
 void udd_unlock_exclusive(struct udd_lock *lock)
 {
-	__atomic_store_n(&lock->owner, 0, __ATOMIC_RELAXED);
+	if (__atomic_exchange_n(&lock->owner, 0, __ATOMIC_SEQ_CST)) {
+		while (__atomic_load_n(&lock->kept, __ATOMIC_SEQ_CST))
+			udd_sys(SYS_futex, &lock->kept, FUTEX_WAIT_PRIVATE, 1, NULL);
+	}
 	__atomic_and_fetch(&lock->state, ~HELD, __ATOMIC_SEQ_CST);
 	wake_all(lock);
+}
+
+int32_t udd_lock_keep_owner(struct udd_lock *lock)
+{
+	int32_t owner;
+
+	// Whoever gives the lock up clears `owner`, then looks at `kept`: one of us sees the other.
+	__atomic_store_n(&lock->kept, 1, __ATOMIC_SEQ_CST);
+	owner = __atomic_load_n(&lock->owner, __ATOMIC_SEQ_CST);
+	if (!owner)
+		udd_lock_let_go_owner(lock);
+	return owner;
+}
+
+void udd_lock_let_go_owner(struct udd_lock *lock)
+{
+	__atomic_store_n(&lock->kept, 0, __ATOMIC_SEQ_CST);
+	udd_sys(SYS_futex, &lock->kept, FUTEX_WAKE_PRIVATE, 1);
 }

@@ -17,6 +17,7 @@ struct udd_lock {
 	uint32_t state;   // readers | UDD_LOCK_WAITING | UDD_LOCK_HELD; all zero = free
 	uint32_t waiters; // threads in futex wait on `state`, a hint that a wake is needed
 	int32_t owner;    // tid of the application thread that holds it exclusively; 0 for the agent's own threads
+	uint32_t kept;    // futex: 1 while the fault thread serves the owner, who must not give the lock up
 };
 
 // True if it had to wait.
@@ -31,5 +32,9 @@ bool udd_lock_exclusive(struct udd_lock *lock, int32_t owner);
 // Gives up after `nanoseconds`: returns false, and nothing is held.
 bool udd_lock_exclusive_timed(struct udd_lock *lock, uint64_t nanoseconds);
 void udd_unlock_exclusive(struct udd_lock *lock);
+// The fault thread: keeps the application thread that holds the lock exclusively from giving it up, until it is let go.
+// Returns its tid; 0 if there is none, and then there is nothing to let go.
+int32_t udd_lock_keep_owner(struct udd_lock *lock);
+void udd_lock_let_go_owner(struct udd_lock *lock);
 
 #endif

@@ -135,17 +135,21 @@ void udd_runs_forked(void)
 	udd_publish_runs();
 }
 
-void udd_settle_breaks(void)
+void udd_settle(void)
 {
 	struct udd_live *live = udd_live();
 
-	for (uint32_t i = 0; i < live->pending_count; i++) {
-		struct udd_span page = {live->pending[i], live->pending[i] + UDD_PAGE_SIZE};
+	while (live->unsettled_head != __atomic_load_n(&live->unsettled_tail, __ATOMIC_ACQUIRE)) {
+		const struct udd_unsettled *next = &live->unsettled[live->unsettled_head % UDD_UNSETTLED_SLOTS];
 
-		if (udd_merged_in(page))
-			udd_broke_in_place(page);
+		if (udd_merged_in(next->span)) {
+			if (next->removed)
+				udd_discard(next->span);
+			else
+				udd_broke_in_place(next->span);
+		}
+		__atomic_store_n(&live->unsettled_head, live->unsettled_head + 1, __ATOMIC_RELEASE);
 	}
-	live->pending_count = 0;
 }
 
 // ---- giving back ----

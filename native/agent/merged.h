@@ -60,7 +60,8 @@ void udd_broke_in_place(struct udd_span span);
 void udd_readdress(struct udd_span from, uint64_t to);
 // In a fork child, which has no other thread yet: what the fork changed about merged memory.
 void udd_runs_forked(void);
-// Pages that broke in place while the lock was not to be had exclusively: enters them in the table.
-void udd_settle_breaks(void);
+// Enters into the table what happened while the lock was not to be had exclusively (live->unsettled), and gives removed pages
+// fresh memory. First thing for everyone who takes the lock exclusively.
+void udd_settle(void);
 
 #endif

@@ -80,7 +80,7 @@ bool udd_worker_lock(uint64_t *started)
 	if (!udd_lock_exclusive_timed(&udd_live()->lock, LOCK_PATIENCE_NS))
 		return false;
 	*started = udd_now();
-	udd_settle_breaks();
+	udd_settle();
 	udd_layout_apply(&udd_agent.layout, udd_live()->stale, &udd_live()->stale_count);
 	return true;
 }
@@ -115,7 +115,7 @@ struct transaction {
 	uint64_t frozen;           // bit mask of pages in staging
 	uint64_t busy;             // pages that the kernel refused
 	uint64_t gone;             // pages that are not there
-	struct udd_span removed;   // a removal that came past the hooks, empty if none
+	uint64_t removed;          // pages whose removal came past the hooks
 };
 
 static uint64_t bit(unsigned page)
@@ -145,19 +145,16 @@ static unsigned stretch_end(uint64_t mask, unsigned from, unsigned to)
 // can't, we hold the lock.
 static void read_events(struct transaction *tx)
 {
-	struct udd_span removed = udd_fault_drain();
+	uint64_t removed = udd_fault_drain(tx->base);
 
-	if (udd_span_empty(removed))
+	tx->removed |= removed;
+	if (!removed)
 		udd_sys(SYS_sched_yield);
-	else
-		tx->removed = udd_span_empty(tx->removed)
-				      ? removed
-				      : (struct udd_span){udd_min(tx->removed.start, removed.start),
-							  udd_max(tx->removed.end, removed.end)};
 }
 
 // A page that a fork child no longer shares is still marked as shared until the next write to it. Populating for write
-// takes that mark off without changing anything, so that the page can be moved.
+// takes that mark off without changing anything, so that the page can be moved. Never a page whose removal was read: the
+// kernel may drop it any moment, and we would wait in a fault that is served after we give the lock back.
 static bool take_back_from_fork(uint64_t address)
 {
 	return !udd_failed(udd_sys(SYS_madvise, address, UDD_PAGE_SIZE, MADV_POPULATE_WRITE));
@@ -183,7 +180,8 @@ static void freeze(struct transaction *tx, unsigned from, unsigned to)
 			read_events(tx);
 			continue;
 		}
-		if (error == -EBUSY && !taken_back && take_back_from_fork(tx->base + udd_bytes(from))) {
+		if (error == -EBUSY && !taken_back && !(tx->removed & bit(from)) &&
+		    take_back_from_fork(tx->base + udd_bytes(from))) {
 			taken_back = true;
 			continue;
 		}
@@ -198,41 +196,31 @@ static void freeze(struct transaction *tx, unsigned from, unsigned to)
 	}
 }
 
-// Puts frozen pages back. What the application dropped meanwhile, past the hooks, stays dropped.
+// Puts frozen pages back. What the application dropped meanwhile, past the hooks, stays dropped: whether we know of it
+// already, or learn of it here.
 static void thaw(struct transaction *tx, uint64_t mask)
 {
-	for (unsigned from = 0; from < UDD_RUN_MAX;) {
+	tx->frozen &= ~mask;
+	while ((mask &= ~tx->removed)) {
+		unsigned from = (unsigned)__builtin_ctzl(mask);
 		unsigned to = stretch_end(mask, from, UDD_RUN_MAX);
+		uint64_t offset = udd_bytes(from);
+		int error;
+		uint64_t moved = udd_uffd_move(tx->base + offset, (uint64_t)(uintptr_t)tx->staging + offset, udd_bytes(to - from), &error);
 
-		if (from == to) {
-			from++;
+		mask &= ~bits(from, from + (unsigned)udd_pages(moved));
+		if (moved)
 			continue;
-		}
-		while (from < to) {
-			uint64_t offset = udd_bytes(from);
-			int error;
-			uint64_t moved;
-
-			if (udd_span_overlaps(pages_span(tx, from, from + 1), tx->removed)) {
-				from++;
-				continue;
-			}
-			moved = udd_uffd_move(tx->base + offset, (uint64_t)(uintptr_t)tx->staging + offset, udd_bytes(to - from), &error);
-			from += (unsigned)udd_pages(moved);
-			if (moved || from == to)
-				continue;
-			if (error == -EAGAIN) {
-				read_events(tx);
-			} else if (error == -ENOMEM) {
-				udd_sys(SYS_sched_yield);
-			} else {
-				// The mapping is no longer the one we took the page from: unmapped past the hooks.
-				udd_stop_merging("memory was unmapped by a raw system call");
-				from++;
-			}
+		if (error == -EAGAIN) {
+			read_events(tx);
+		} else if (error == -ENOMEM) {
+			udd_sys(SYS_sched_yield);
+		} else {
+			// The mapping is no longer the one we took the page from: unmapped past the hooks.
+			udd_stop_merging("memory was unmapped by a raw system call");
+			mask &= ~bit(from);
 		}
 	}
-	tx->frozen &= ~mask;
 }
 
 // ---- merging ----
@@ -521,7 +509,7 @@ static void merge_stretch(struct transaction *tx, unsigned from, unsigned to, co
 			continue;
 		}
 		// Dropped by a raw system call while it was frozen: it must read as zeros, so it stays away.
-		if (udd_span_overlaps(pages_span(tx, i, end), tx->removed)) {
+		if (bits(i, end) & tx->removed) {
 			thaw(tx, bits(i, end));
 			ret->gone |= bits(i, end);
 		} else if (map_store(tx, i, end, run)) {

@@ -373,7 +373,7 @@ static size_t answer_runs(struct worker *worker, const struct udd_cursor *cursor
 	const struct udd_run_entry *run;
 
 	udd_lock_exclusive(&live->lock, 0);
-	udd_settle_breaks();
+	udd_settle();
 	if (counts && cursor->address == 0)
 		live->reported = 0;
 	ret->value = live->drops->head;

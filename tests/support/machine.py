@@ -62,6 +62,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "kvm": _kvm,
     "qemu": _program("qemu-system-x86_64"),
     "gcc": _program("gcc"),
+    "spin": _program("spin"),
     "redis": _program("redis-server"),
     "sqlite3": _program("sqlite3"),
     "stress-ng": _program("stress-ng"),

@@ -197,9 +197,43 @@ static void owner(void)
 	check(lock.state == 0);
 }
 
+static void *give_up(void *argument)
+{
+	(void)argument;
+	check(!udd_lock_exclusive(&lock, 4711));
+	__atomic_store_n(&order, 1, __ATOMIC_SEQ_CST);
+	udd_unlock_exclusive(&lock);
+	__atomic_store_n(&order, 2, __ATOMIC_SEQ_CST);
+	return NULL;
+}
+
+static void owner_is_kept(void)
+{
+	pthread_t thread;
+
+	order = 0;
+	check(udd_lock_keep_owner(&lock) == 0 && lock.kept == 0);
+	check(!udd_lock_exclusive(&lock, 0));
+	check(udd_lock_keep_owner(&lock) == 0 && lock.kept == 0);
+	udd_unlock_exclusive(&lock);
+	// Kept before it gives up: it doesn't, for as long as it takes.
+	lock.kept = 1;
+	check(!pthread_create(&thread, NULL, give_up, NULL));
+	while (__atomic_load_n(&order, __ATOMIC_SEQ_CST) != 1)
+		;
+	for (int i = 0; i < 100; i++) {
+		check(!udd_lock_exclusive_timed(&lock, SECOND / 10000));
+		check(__atomic_load_n(&order, __ATOMIC_SEQ_CST) == 1);
+	}
+	udd_lock_let_go_owner(&lock);
+	check(!pthread_join(thread, NULL));
+	check(order == 2 && lock.state == 0 && lock.owner == 0);
+}
+
 int main(void)
 {
 	owner();
+	owner_is_kept();
 	giving_up();
 	order = writer_turn = reader_turn = 0;
 	waiting_writer_goes_first();

@@ -1,0 +1,177 @@
+"""The model of the merge protocol (merge.pml): every state of every configuration, and what the safeguards are for."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).parent
+SOURCES = MODEL.parents[1] / "native" / "agent"
+UNREACHED = re.compile(r"^\s*(\w+\.pml):(\d+), (state \d+),")
+
+Switches = dict[str, str | int]
+
+CONFIGURATIONS: dict[str, Switches] = {
+    # Writes, DMA, forks and discards against merging that may fail, and unmerging.
+    "writes": {"WORK": "1+2", "FAILURES": 1, "MAY0": "READ_PAGE+WRITE_PAGE+PIN+FORK", "MAY1": "WRITE_PAGE+DISCARD"},
+    # The mapping is replaced by one that is not ours, or by a fresh one that becomes a candidate again.
+    "replace": {"WORK": "1+2+16", "MAY0": "WRITE_PAGE+REPLACE", "MAY1": "DISCARD+PROTECT"},
+    # Discards past the hooks, with all that the worker does.
+    "raw": {"WORK": "1+2+4+8", "FAILURES": 1, "MAY0": "WRITE_PAGE+RAW_DISCARD", "MAY1": "WRITE_PAGE+RAW_DISCARD",
+            "ROUNDS": 1},
+    # A run of two pages, discarded in part.
+    "two": {"PAGES": 2, "OPERATIONS": 1, "ROUNDS": 1, "FAILURES": 1, "WIDEN": 1, "MAY0": "RAW_DISCARD+PIN",
+            "MAY1": "WRITE_PAGE+RAW_DISCARD"},
+    # Discards on either side of the page that is being merged.
+    "sides": {"PAGES": 3, "THREADS": 3, "OPERATIONS": 1, "ROUNDS": 1, "MERGED": "1+4", "MERGE_FROM": 1, "MERGE_TO": 2,
+              "MAY0": "RAW_DISCARD", "ON0": 1, "MAY1": "RAW_DISCARD", "ON1": 4, "MAY2": "WRITE_PAGE", "ON2": 2},
+    # A merged page moves, with its breaks and its discards.
+    "moves": {"PAGES": 2, "MERGED": 1, "OPERATIONS": 2, "ROUNDS": 1, "WORK": "2+32",
+              "MAY0": "REMAP+WRITE_PAGE+DISCARD+RAW_DISCARD", "MAY1": "WRITE_PAGE"},
+    # Hooks that run into a merged page themselves, while they hold the lock.
+    "stack": {"PAGES": 2, "MERGED": 3, "STACK": 1, "OPERATIONS": 1, "ROUNDS": 1, "WORK": "2", "WORK_PAGE": 1,
+              "MAY0": "DISCARD", "ON0": 1, "MAY1": "RAW_DISCARD+WRITE_PAGE", "ON1": 1},
+    "owner": {"PAGES": 2, "MERGED": 3, "STACK": 1, "OPERATIONS": 1, "ROUNDS": 1, "WORK": "2", "WORK_PAGE": 1,
+              "MAY0": "PROTECT+REPLACE", "ON0": 1, "MAY1": "FORK+WRITE_PAGE", "ON1": 3},
+}  # fmt: skip
+
+READS = r"allowed\[\w+\]&"
+STUCK = "invalid end state"
+MUTATIONS: dict[str, tuple[str, Switches, str]] = {
+    "compared before it is frozen": ("writes", {"NO_FREEZE": 1}, READS),
+    "no map lock": ("replace", {"NO_MAP_LOCK": 1}, r"vma\[p\]|vma\[\d\]|allowed"),
+    "who found a page frozen is not woken": ("writes", {"NO_WAKE": 1}, STUCK),
+    "not moved back after a failure": ("writes", {"NOT_MOVED_BACK": 1}, READS),
+    "pinned pages move": ("writes", {"MOVE_IGNORES_PINS": 1}, "pinned"),
+    "fork past the lock": ("writes", {"FORK_NOT_HOOKED": 1}, READS),
+    "removals are not acted upon": ("raw", {"NO_REMOVE_HANDLING": 1}, READS),
+    "a page removed while frozen is merged": ("raw", {"NO_REMOVAL_CHECK": 1}, READS),
+    "a page removed while frozen is moved back": ("raw", {"THAW_IGNORES_REMOVAL": 1}, READS),
+    "removals are known as one span": ("sides", {"REMOVED_IS_A_HULL": 1}, READS),
+    "a removed page is populated": ("raw", {"TAKE_BACK_REMOVED": 1, "MAY1": "PIN"}, STUCK),
+    "a removed page is mapped again": ("stack", {"SERVE_WHAT_IS_DEFERRED": 1}, READS),
+    "hooks don't settle removals": ("moves", {"DEFERRED_LEFT_TO_FAULT_THREAD": 1}, READS),
+    "faults only with the lock held exclusively": ("stack", {"NO_SHARED_SERVING": 1}, STUCK),
+    "the owner is not served": ("owner", {"NO_OWNER_SERVING": 1}, STUCK),
+    "the owner's fault is put aside": ("stack", {"OWNER_PUT_ASIDE": 1}, STUCK),
+    "removals wait for readers": ("stack", {"WAITS_FOR_READERS": 1}, STUCK),
+}
+"""What is taken away: the configuration that shows it, the switches, and what spin says then."""
+
+LIMITS: dict[str, tuple[str, Switches, str]] = {
+    "raw discard between two calls of arm": ("raw", {"LIMIT_RAW_DISCARD": 1}, READS),
+    "raw MAP_FIXED": ("writes", {"MAY0": "RAW_REPLACE"}, r"vma\[p\]!="),
+    "fork while a raw discard is not settled": ("raw", {"MAY0": "FORK"}, READS),
+    "raw fork": ("writes", {"MAY0": "RAW_FORK"}, READS),
+    "raw discard while a hook makes the page private": ("stack", {"MAY0": "PROTECT"}, READS),
+    "a hook makes its own stack private": (
+        "owner",
+        {"STACK": 0, "PAGES": 1, "MERGED": 1, "WORK_PAGE": 0, "ON1": 1},
+        READS,
+    ),
+}
+"""What the README says is not noticed: it is so, and the model knows."""
+
+
+UNREACHABLE: set[str] = set()
+"""Lines that no configuration comes to, each looked at: see the reasons."""
+
+
+class Verifier:
+    """The compiled verifier of one configuration."""
+
+    def __init__(self, folder: Path, switches: Switches, optimize: str) -> None:
+        for source in MODEL.glob("*.pml"):
+            (folder / source.name).write_text(source.read_text())
+        self._folder = folder
+        self._run("spin", "-a", *(f"-D{name}={value}" for name, value in switches.items()), "merge.pml")
+        self._run("gcc", optimize, "-w", "-DSAFETY", "-DCOLLAPSE", "-DMEMLIM=3000", "-o", "pan", "pan.c")
+
+    def _run(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=self._folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    def search(self, depth: int = 1_000_000) -> str:
+        """Goes through all states up to that many steps away, or until an error; what the verifier printed."""
+        done = subprocess.run(["./pan", f"-m{depth}"], cwd=self._folder, capture_output=True, text=True, check=False)
+        return done.stdout
+
+    def dead_lines(self, report: str) -> set[str]:
+        """Lines of the model, as ``file: text``, of which no statement was reached."""
+        everything = _unreached(self.search(depth=1))
+        reached = {line for line, _ in everything - _unreached(report)}
+        return {self._text_of(*line) for line, _ in everything if line not in reached}
+
+    def _text_of(self, source: str, number: str) -> str:
+        return f"{source}: {(self._folder / source).read_text().splitlines()[int(number) - 1].strip()}"
+
+
+def _unreached(report: str) -> set[tuple[tuple[str, str], str]]:
+    """The statements that the verifier lists as not reached: their line, and what tells them from others on it."""
+    process = ""
+    found = set()
+    for line in report.splitlines():
+        if line.startswith("unreached in"):
+            process = line
+        elif match := UNREACHED.match(line):
+            source, number, state = match.groups()
+            found.add(((source, number), process + state))
+    return found
+
+
+pytestmark = [pytest.mark.require("spin", "gcc"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def dead() -> dict[str, set[str]]:
+    """For each configuration that was gone through, the lines that it never came to."""
+    return {}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_state_is_right(tmp_path: Path, dead: dict[str, set[str]], name: str) -> None:
+    verifier = Verifier(tmp_path, CONFIGURATIONS[name], "-O2")
+    report = verifier.search()
+    assert "errors: 0" in report, report
+    assert "Search not completed" not in report, report
+    assert "max search depth too small" not in report, report
+    dead[name] = verifier.dead_lines(report)
+
+
+def test_every_line_is_reached(dead: dict[str, set[str]]) -> None:
+    if dead.keys() != CONFIGURATIONS.keys():
+        pytest.skip("not all configurations were gone through")
+    assert set.intersection(*dead.values()) == UNREACHABLE
+
+
+def check_harm(folder: Path, configuration: str, switches: Switches, harm: str) -> None:
+    report = Verifier(folder, CONFIGURATIONS[configuration] | switches, "-O1").search()
+    assert "errors: 1" in report, report
+    said = re.search(r"^pan:1: (.*)", report, re.MULTILINE)
+    assert said, report
+    assert re.search(harm, said[1]), said[1]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_missing_safeguard_is_found(tmp_path: Path, name: str) -> None:
+    check_harm(tmp_path, *MUTATIONS[name])
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_real(tmp_path: Path, name: str) -> None:
+    check_harm(tmp_path, *LIMITS[name])
+
+
+def test_functions_that_the_model_names_exist() -> None:
+    code = "\n".join(source.read_text() for source in SOURCES.glob("*.c"))
+    # Definitions start at the beginning of a line, calls don't.
+    defined = set(re.findall(r"^[a-z][^\n;=]*?\b(\w+)\([^;{}]*?\)\n\{", code, re.MULTILINE))
+    agent, application = ((MODEL / name).read_text() for name in ("agent.pml", "application.pml"))
+    comments = re.findall(r"/\*.*?\*/", agent + application, re.DOTALL)
+    named = {name for comment in comments for name in re.findall(r"(\w+)\(\)", comment)}
+    assert named <= defined, named - defined
+    # Whatever the agent does is named after the function that does it.
+    for heading in re.findall(r"^(?:inline|proctype) .*", agent, re.MULTILINE):
+        assert re.search(r"/\* \w+\(\) \*/$", heading), heading
