@@ -245,6 +245,30 @@ static void remove_attribute(struct udd_run_entry *run, uint32_t attribute)
 	run->attributes &= (uint8_t)~attribute;
 }
 
+// Does the hook run on this memory? Its frames, and those of what it calls, are written to while it holds the lock.
+static bool is_own_stack(struct udd_span span)
+{
+	enum { BELOW = 1 << 18, ABOVE = 1 << 14 };
+	uint64_t frame = (uint64_t)(uintptr_t)__builtin_frame_address(0);
+
+	return udd_span_overlaps(span, (struct udd_span){frame - BELOW, frame + ABOVE});
+}
+
+// Has the kernel copy merged pages where they are, whatever they hold by now. Where they are protected, the fault thread serves
+// us as the lock's owner, and leaves notes that must not run out of room.
+static void break_by_kernel(struct udd_span span)
+{
+	while (!udd_span_empty(span)) {
+		struct udd_span part = {span.start, udd_min(span.end, span.start + udd_bytes(UDD_UNSETTLED_SLOTS / 4))};
+
+		if (udd_failed(udd_sys(SYS_madvise, part.start, part.end - part.start, MADV_POPULATE_WRITE)))
+			return;
+		udd_settle();
+		udd_broke_in_place(part);
+		span.start = part.end;
+	}
+}
+
 // Makes what is merged in `span` private; the lock is held exclusively.
 static void dissolve_all(struct udd_span span)
 {
@@ -256,11 +280,14 @@ static void dissolve_all(struct udd_span span)
 
 		at = piece.end;
 		// One that can't be had stays merged, which is right too, only not what was hoped for. Of those that the kernel
-		// breaks by itself nobody knows which already did, so it breaks the rest as well.
-		if (run->armed || run->broken)
+		// breaks by itself nobody knows which already did, so it breaks the rest as well; and a copy of the store's page
+		// would undo what is written to our own stack meanwhile.
+		if (run->broken)
+			continue;
+		if (run->armed && !is_own_stack(piece))
 			udd_dissolve(piece, 0);
-		else if (!udd_failed(udd_sys(SYS_madvise, piece.start, piece.end - piece.start, MADV_POPULATE_WRITE)))
-			udd_broke_in_place(piece);
+		else
+			break_by_kernel(piece);
 	}
 }
 

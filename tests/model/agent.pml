@@ -527,7 +527,7 @@ inline serve_write(p, excl) /* serve_write() */
 			dissolve(p); d_step { k_wake(p) };
 #endif
 			served = 1
-		:: true -> break_in_place(p, excl) /* locked memory, or may_dissolve() says no */
+		:: true -> break_in_place(p, excl) /* locked memory, or may_dissolve_lone() says no */
 		fi
 	fi
 }

@@ -265,7 +265,21 @@ inline change_protection(p) /* change_protection() */
 	:: else ->
 		enter_exclusive();
 		if
+#ifdef STACK
+		/* is_own_stack(), break_by_kernel() */
+		:: merged[p] && p == STACK && !OWN_STACK_DISSOLVES ->
+			touch(p, 1, 0);
+			settle(hi);
+			d_step {
+				if
+				:: merged[p] -> broken[p] = 1 /* udd_broke_in_place() */
+				:: else
+				fi
+			}
+		:: merged[p] && (p != STACK || OWN_STACK_DISSOLVES) -> dissolve(p) /* dissolve_all() */
+#else
 		:: merged[p] -> dissolve(p) /* dissolve_all() */
+#endif
 		:: else
 		fi;
 		note_change(p);

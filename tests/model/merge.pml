@@ -64,6 +64,9 @@
 #ifndef FAILURES
 #define FAILURES 0
 #endif
+#ifndef OWN_STACK_DISSOLVES
+#define OWN_STACK_DISSOLVES 0
+#endif
 #ifndef MAY0
 #define MAY0 (READ_PAGE | WRITE_PAGE)
 #endif

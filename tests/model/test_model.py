@@ -33,6 +33,9 @@ CONFIGURATIONS: dict[str, Switches] = {
               "MAY0": "DISCARD", "ON0": 1, "MAY1": "RAW_DISCARD+WRITE_PAGE", "ON1": 1},
     "owner": {"PAGES": 2, "MERGED": 3, "STACK": 1, "OPERATIONS": 1, "ROUNDS": 1, "WORK": "2", "WORK_PAGE": 1,
               "MAY0": "PROTECT+REPLACE", "ON0": 1, "MAY1": "FORK+WRITE_PAGE", "ON1": 3},
+    # A hook that makes the very memory private that it runs on.
+    "own stack": {"PAGES": 1, "MERGED": 1, "STACK": 0, "OPERATIONS": 1, "ROUNDS": 1, "WORK": "2",
+                  "MAY0": "PROTECT", "ON0": 1, "MAY1": "FORK+WRITE_PAGE", "ON1": 1},
 }  # fmt: skip
 
 READS = r"allowed\[\w+\]&"
@@ -54,6 +57,7 @@ MUTATIONS: dict[str, tuple[str, Switches, str]] = {
     "faults only with the lock held exclusively": ("stack", {"NO_SHARED_SERVING": 1}, STUCK),
     "the owner is not served": ("owner", {"NO_OWNER_SERVING": 1}, STUCK),
     "the owner's fault is put aside": ("stack", {"OWNER_PUT_ASIDE": 1}, STUCK),
+    "a hook's own stack is copied from the store": ("own stack", {"OWN_STACK_DISSOLVES": 1}, READS),
     "removals wait for readers": ("stack", {"WAITS_FOR_READERS": 1}, STUCK),
 }
 """What is taken away: the configuration that shows it, the switches, and what spin says then."""
@@ -64,11 +68,6 @@ LIMITS: dict[str, tuple[str, Switches, str]] = {
     "fork while a raw discard is not settled": ("raw", {"MAY0": "FORK"}, READS),
     "raw fork": ("writes", {"MAY0": "RAW_FORK"}, READS),
     "raw discard while a hook makes the page private": ("stack", {"MAY0": "PROTECT"}, READS),
-    "a hook makes its own stack private": (
-        "owner",
-        {"STACK": 0, "PAGES": 1, "MERGED": 1, "WORK_PAGE": 0, "ON1": 1},
-        READS,
-    ),
 }
 """What the README says is not noticed: it is so, and the model knows."""
 
