@@ -33,6 +33,7 @@ CASES = (
     "attributes",
     "mergeable",
     "wiped-on-fork",
+    "own-stack",
 )
 
 pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")

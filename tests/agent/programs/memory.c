@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT
 // What the application does to merged memory has the effect it would have on its own.
+#include <alloca.h>
+#include <ucontext.h>
+
 #include "merged.h"
 
 enum { PAGES = 16 };
@@ -410,6 +413,43 @@ static void wiped_on_fork(void)
 	check(intact(at, PAGES, 1, layout, 0));
 }
 
+static struct {
+	ucontext_t outside;
+	ucontext_t inside;
+	char *memory;
+	size_t depth; // bytes that lie above the frames of the call
+} coroutine;
+
+static void protect_own_stack(void)
+{
+	volatile char *above = alloca(coroutine.depth);
+
+	for (size_t i = 0; i < coroutine.depth; i++)
+		above[i] = (char)i;
+	check(mprotect(coroutine.memory, PAGES * PAGE, PROT_READ | PROT_WRITE | PROT_EXEC) == 0);
+	check(mprotect(coroutine.memory, PAGES * PAGE, PROT_READ | PROT_WRITE) == 0);
+	for (size_t i = 0; i < coroutine.depth; i++)
+		check(above[i] == (char)i);
+}
+
+// A coroutine whose stack is merged but for the page that it writes to, and a call that makes merged memory private. Wherever
+// in a page its frames begin: they reach into merged ones while they do it.
+static void own_stack(void)
+{
+	enum { STEP = 272, UNUSED = PAGES - 4 };
+
+	for (coroutine.depth = STEP; coroutine.depth < PAGE + STEP; coroutine.depth += STEP) {
+		coroutine.memory = merged(PAGES, coroutine.depth, layout, NULL);
+		check(getcontext(&coroutine.inside) == 0);
+		coroutine.inside.uc_stack.ss_sp = coroutine.memory;
+		coroutine.inside.uc_stack.ss_size = PAGES * PAGE;
+		coroutine.inside.uc_link = &coroutine.outside;
+		makecontext(&coroutine.inside, protect_own_stack, 0);
+		check(swapcontext(&coroutine.outside, &coroutine.inside) == 0);
+		check(intact(coroutine.memory, UNUSED, coroutine.depth, layout, 0));
+	}
+}
+
 static const struct test_case cases[] = {
 	{"write-keeps-the-rest", write_keeps_the_rest},
 	{"written-by-the-kernel", written_by_the_kernel},
@@ -433,6 +473,7 @@ static const struct test_case cases[] = {
 	{"attributes", attributes},
 	{"mergeable", mergeable},
 	{"wiped-on-fork", wiped_on_fork},
+	{"own-stack", own_stack},
 };
 
 int main(int argc, char **argv)
