@@ -1,0 +1,258 @@
+"""What only QEMU can decode, read by a qemu-nbd of our own: compressed and encrypted qcow2, VMDK, VHD, VHDX.
+
+The process is started by the first read, gets the file as an open descriptor, and opens nothing an image might name:
+its backing file is switched off. It ends with the engine whatever happens (the kernel kills it when its parent dies,
+and it ends by itself when its client is gone). If it ends before that, the next read starts another one, with
+back-off.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+from udedup.errors import UdedupError
+from udedup.vdi.formats.layer import Extent, Layer
+from udedup.vdi.formats.nbd import NbdClient, NbdError
+from udedup.vdi.formats.raw import RawFile
+
+log = logging.getLogger(__name__)
+
+PACKAGE: Final = "qemu-utils"
+START_SECONDS: Final = 10.0
+POLL_SECONDS: Final = 0.01
+INFO_SECONDS: Final = 30.0
+END_SECONDS: Final = 1.0
+BACKOFF_SECONDS_MIN: Final = 0.5
+BACKOFF_SECONDS_MAX: Final = 60.0
+
+
+def require_program(name: str, subject: str) -> str:
+    """The path of one of QEMU's programs. Raises UdedupError, which begins with ``subject``."""
+    found = shutil.which(name)
+    if found is None:
+        raise UdedupError(f"{subject}: reading it takes {name}, which is missing; install the package {PACKAGE}")
+    return found
+
+
+def environment() -> dict[str, str]:
+    """For QEMU's programs: nothing of ours (such as a library to preload), messages in English."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+
+
+@attrs.frozen
+class Recipe:
+    """How QEMU is to open a file."""
+
+    driver: str
+    """QEMU's name of the format."""
+    file: RawFile
+    encryption: str | None = None
+    """How it is encrypted, in QEMU's words."""
+    secret: Path | None = None
+    """File with the passphrase, for then."""
+
+    def image(self) -> str:
+        """What to give QEMU as the name of the image. Without its locks: it is a reader like any other."""
+        kind = "host_device" if stat.S_ISBLK(self.file.status.st_mode) else "file"
+        node: dict[str, object] = {
+            "driver": self.driver,
+            "backing": None,
+            "file": {"driver": kind, "filename": f"/proc/self/fd/{self.file.descriptor}", "locking": "off"},
+        }
+        if self.encryption is not None:
+            node["encrypt"] = {"format": self.encryption, "key-secret": "passphrase"}
+        return "json:" + json.dumps(node)
+
+    def options(self) -> list[str]:
+        """Options that go before the image."""
+        if self.secret is None:
+            return []
+        return ["--object", json.dumps({"qom-type": "secret", "id": "passphrase", "file": str(self.secret)})]
+
+
+def virtual_size(recipe: Recipe, subject: str) -> int:
+    """Bytes of the disk, as qemu-img tells; waits for it. Raises UdedupError, which begins with ``subject``."""
+    command = [require_program("qemu-img", subject), "info", "--output=json", recipe.image()]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=INFO_SECONDS,
+            check=False,
+            env=environment(),
+            pass_fds=[recipe.file.descriptor],
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UdedupError(f"{subject}: qemu-img failed: {error}") from error
+    if done.returncode:
+        raise UdedupError(f"{subject}: {said(done.stderr)}")
+    info = json.loads(done.stdout)
+    if "backing-filename" in info:
+        raise UdedupError(f"{subject}: has a parent, which is supported for qcow2 and VDI only; convert it to qcow2")
+    size = info["virtual-size"]
+    if not 0 < size < 1 << 62:
+        raise UdedupError(f"{subject}: gives a disk of {size} bytes, which can't be served")
+    return int(size)
+
+
+def said(text: str) -> str:
+    """The last line of what a program of QEMU's said, without its name and the descriptor it was given."""
+    lines = text.strip().splitlines() or ["it failed without a word"]
+    return " ".join(lines[-1].rpartition("}}': ")[2].removeprefix("qemu-img: ").split())
+
+
+class Helper:
+    """The source of what one qemu-nbd serves; the offset is that on the disk of its image."""
+
+    def __init__(self, recipe: Recipe, size: int) -> None:
+        self.recipe = recipe
+        self.size = size
+        """Bytes that the export must have."""
+        self._lock = trio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: NbdClient | None = None
+        self._backoff = 0.0
+        self._not_before = -1.0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return None if self._process is None else self._process.pid
+
+    def read_cached(self, view: memoryview, offset: int) -> bool:
+        return False
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """For threads that trio has started (trio.to_thread)."""
+        trio.from_thread.run(self.fetch, view, offset)
+
+    async def fetch(self, view: memoryview, offset: int) -> None:
+        """Fills ``view``, one call at a time. Raises OSError if the process can't read it or can't be had."""
+        async with self._lock:
+            if self._client is not None:
+                try:
+                    return await self._read(self._client, view, offset)
+                except NbdError as error:
+                    log.warning("image %s: qemu-nbd has ended (%s); it is started again", self.recipe.file.path, error)
+            return await self._read_anew(view, offset)
+
+    async def _read_anew(self, view: memoryview, offset: int) -> None:
+        """Starts a process first, unless that has failed just before."""
+        if trio.current_time() < self._not_before:
+            raise OSError(errno.EIO, "qemu-nbd has failed and is not started again yet")
+        self._backoff = min(max(2 * self._backoff, BACKOFF_SECONDS_MIN), BACKOFF_SECONDS_MAX)
+        self._not_before = trio.current_time() + self._backoff
+        try:
+            client = await self._start()
+            await self._read(client, view, offset)
+        except (NbdError, UdedupError) as error:
+            raise OSError(errno.EIO, f"qemu-nbd failed: {error}") from error
+
+    async def _read(self, client: NbdClient, view: memoryview, offset: int) -> None:
+        usable = False
+        try:
+            await client.read_into(view, offset)
+            self._backoff, usable = 0.0, True
+        except OSError:
+            usable = True
+            raise
+        finally:
+            # A read that was cancelled, too, leaves a connection on which nobody knows what comes next.
+            if not usable:
+                self.close()
+
+    async def _start(self) -> NbdClient:
+        """Starts the process and connects to it. Raises NbdError or UdedupError; nothing is left running then."""
+        program = require_program("qemu-nbd", "the image")
+        killer = require_program("setpriv", "the image")
+        connected = False
+        try:
+            with tempfile.TemporaryDirectory(prefix="udedup-nbd-") as directory, tempfile.TemporaryFile() as errors:
+                socket = Path(directory) / "socket"
+                # In this thread, the engine's first: the kernel's promise to kill the child is about the thread that
+                # made it. Nothing here takes longer than a fork.
+                self._process = subprocess.Popen(
+                    [
+                        killer, "--pdeathsig", "KILL", "--no-new-privs", program, "--read-only", f"--socket={socket}",
+                        *self.recipe.options(), self.recipe.image(),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    env=environment(),
+                    pass_fds=[self.recipe.file.descriptor],
+                )  # fmt: skip
+                stream = await self._connect(socket, self._process)
+                if stream is None:
+                    errors.seek(0)
+                    raise NbdError(said(errors.read().decode("utf-8", "replace")))
+                self._client = client = NbdClient(stream)
+                with trio.fail_after(START_SECONDS):
+                    await client.negotiate()
+            if client.size < self.size:
+                raise NbdError(f"it serves {client.size} bytes instead of {self.size}")
+            connected = True
+        except trio.TooSlowError:
+            raise NbdError(f"it is not ready after {START_SECONDS:g} s") from None
+        except OSError as error:
+            raise NbdError(f"it can't be started: {error.strerror}") from error
+        finally:
+            if not connected:
+                self.close()
+        return client
+
+    async def _connect(self, socket: Path, process: "subprocess.Popen[bytes]") -> trio.SocketStream | None:
+        """The connection; None if the process ends before it listens."""
+        with trio.fail_after(START_SECONDS):
+            while process.poll() is None:
+                try:
+                    return await trio.open_unix_socket(str(socket))
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+                        raise
+                await trio.sleep(POLL_SECONDS)
+        return None
+
+    def close(self) -> None:
+        """Ends the process, if there is one."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._process is not None:
+            self._process.kill()
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("qemu-nbd (process %d) waits for a disk and ends when that answers", self._process.pid)
+            self._process = None
+
+
+class HelperImage(Layer):
+    """An image that is read by its helper from end to end."""
+
+    def __init__(self, helper: Helper) -> None:
+        self.size = helper.size
+        self.helper = helper
+
+    def lookup(self, offset: int, length: int, *, wait: bool) -> Extent:
+        return Extent(self.helper, offset, length)
+
+    def forget(self) -> None:
+        """The process would go by what it has read before; the next read starts another one."""
+        self.helper.close()
+
+    def close(self) -> None:
+        self.helper.close()
+        self.helper.recipe.file.close()
