@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from udedup.commands.host import require_host
-from udedup.commands.options import add_advisor_options, allowed_domain, count, image_argument, ratio
+from udedup.commands.options import add_advisor_options, add_image_options, allowed_domain, count, image_argument, ratio
 from udedup.engine.policies import POLICIES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
@@ -34,7 +34,18 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]PATH",
-        help="show this raw disk image, read-only, as DIR/NAME (default: its own name); may be repeated",
+        help="show this disk image as a raw one, read-only, as DIR/NAME (default: its own name, which ends in .raw"
+        " unless the image is raw itself); may be repeated",
+    )
+    add_image_options(parser)
+    parser.add_argument(
+        "--allow-backing",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="let images have their backing files, data files and parents below DIR too, not only below the directory"
+        " they are in themselves; may be repeated",
     )
     parser.add_argument(
         "--policy",
@@ -124,6 +135,9 @@ def run(args: argparse.Namespace) -> int:
         socket=args.socket.absolute(),
         mount=None if args.mount is None else args.mount.absolute(),
         images=tuple(args.image),
+        image_format=args.image_format,
+        secret_file=None if args.secret_file is None else args.secret_file.absolute(),
+        allow_backing=tuple(directory.absolute() for directory in args.allow_backing),
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,

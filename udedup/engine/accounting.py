@@ -223,6 +223,8 @@ class ImageStatus(msgspec.Struct, frozen=True):
 
     name: str
     path: str
+    format: str
+    """In QEMU's words."""
     size: int
     """Bytes."""
 

@@ -9,6 +9,7 @@ from udedup.engine.policies import POLICIES, Policy
 from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
+from udedup.vdi.formats import FORMATS
 
 
 @attrs.frozen
@@ -25,7 +26,16 @@ class EngineConfig:
     """Directory to mount the images on; None: no mount."""
 
     images: tuple[tuple[str | None, Path], ...] = ()
-    """(name in the mount or None for the file's own, path of a raw image)."""
+    """(name in the mount or None for the file's own, path of an image)."""
+
+    image_format: str | None = None
+    """Format of ``images``, in QEMU's words; None: found out."""
+
+    secret_file: Path | None = None
+    """File with the passphrase of ``images`` that are encrypted."""
+
+    allow_backing: tuple[Path, ...] = ()
+    """Directories in which images may have backing files, data files and parents, besides their own."""
 
     allow_other: bool = False
     """Whether other users may read from the mount."""
@@ -99,6 +109,11 @@ class EngineConfig:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
         if not 0 <= self.huge_page_threshold <= HUGE_PAGES:
             raise UdedupError(f"huge page threshold is {self.huge_page_threshold} pages: give 0 to {HUGE_PAGES}")
+        if self.image_format is not None and self.image_format not in FORMATS:
+            raise UdedupError(f"image format {self.image_format!r} is not known: choose one of {', '.join(FORMATS)}")
+        for directory in self.allow_backing:
+            if not directory.is_dir():
+                raise UdedupError(f"backing directory {directory}: is no directory")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
 

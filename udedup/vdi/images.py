@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import attrs
+import trio
 
 from udedup.errors import UdedupError
 from udedup.vdi.digests import BLOCK_BYTES, DigestTable
@@ -152,6 +153,12 @@ class Image:
         if not stamp.in_place:
             self.report("moved", "is no longer at its path: the file that was opened goes on being served")
 
+    def closed_by(self, pid: int) -> None:
+        """One open file fewer."""
+        self.openers[pid] -= 1
+        if not self.openers[pid]:
+            del self.openers[pid]
+
     def report(self, topic: str, text: str) -> None:
         """Logs a warning about this image, once per topic."""
         if topic not in self._reported:
@@ -181,6 +188,8 @@ class Images:
         self.by_name: dict[str, Image] = {}
         self.mount_device: int | None = None
         """st_dev of the mount that shows them, once there is one."""
+        self.examining = trio.Lock()
+        """Held while the files of an image that may not be open in the mount are looked at."""
         # Held while a name is being claimed: images may be added from several threads.
         self._lock = threading.Lock()
         # Never used again: the kernel may remember one for a while.

@@ -2,3 +2,8 @@
 
 ``probe`` finds out what a file is and opens it with all it rests on; ``layer`` says what an opened image can do.
 """
+
+from typing import Final
+
+FORMATS: Final = ("raw", "qcow2", "vdi", "vmdk", "vpc", "vhdx")
+"""QEMU's names; vpc is VHD."""

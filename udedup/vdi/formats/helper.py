@@ -34,6 +34,7 @@ INFO_SECONDS: Final = 30.0
 END_SECONDS: Final = 1.0
 BACKOFF_SECONDS_MIN: Final = 0.5
 BACKOFF_SECONDS_MAX: Final = 60.0
+REPORT_SECONDS: Final = 60.0
 
 
 def require_program(name: str, subject: str) -> str:
@@ -97,7 +98,7 @@ def virtual_size(recipe: Recipe, subject: str) -> int:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UdedupError(f"{subject}: qemu-img failed: {error}") from error
     if done.returncode:
-        raise UdedupError(f"{subject}: {said(done.stderr)}")
+        raise UdedupError(f"{subject}: {said(done.stderr) or 'qemu-img failed without a word'}")
     info = json.loads(done.stdout)
     if "backing-filename" in info:
         raise UdedupError(f"{subject}: has a parent, which is supported for qcow2 and VDI only; convert it to qcow2")
@@ -109,7 +110,7 @@ def virtual_size(recipe: Recipe, subject: str) -> int:
 
 def said(text: str) -> str:
     """The last line of what a program of QEMU's said, without its name and the descriptor it was given."""
-    lines = text.strip().splitlines() or ["it failed without a word"]
+    lines = text.strip().splitlines() or [""]
     return " ".join(lines[-1].rpartition("}}': ")[2].removeprefix("qemu-img: ").split())
 
 
@@ -124,7 +125,9 @@ class Helper:
         self._process: subprocess.Popen[bytes] | None = None
         self._client: NbdClient | None = None
         self._backoff = 0.0
-        self._not_before = -1.0
+        self._not_before = 0.0
+        self._silent_until = 0.0
+        self._stale = False
 
     @property
     def pid(self) -> int | None:
@@ -141,23 +144,29 @@ class Helper:
     async def fetch(self, view: memoryview, offset: int) -> None:
         """Fills ``view``, one call at a time. Raises OSError if the process can't read it or can't be had."""
         async with self._lock:
+            if self._stale:
+                self.close()
             if self._client is not None:
                 try:
                     return await self._read(self._client, view, offset)
                 except NbdError as error:
-                    log.warning("image %s: qemu-nbd has ended (%s); it is started again", self.recipe.file.path, error)
+                    self._report(f"qemu-nbd has ended ({error}); it is started again")
             return await self._read_anew(view, offset)
+
+    def forget(self) -> None:
+        """The process would go by what it has read before: the next read starts another one."""
+        self._stale = True
 
     async def _read_anew(self, view: memoryview, offset: int) -> None:
         """Starts a process first, unless that has failed just before."""
         if trio.current_time() < self._not_before:
             raise OSError(errno.EIO, "qemu-nbd has failed and is not started again yet")
-        self._backoff = min(max(2 * self._backoff, BACKOFF_SECONDS_MIN), BACKOFF_SECONDS_MAX)
-        self._not_before = trio.current_time() + self._backoff
         try:
-            client = await self._start()
-            await self._read(client, view, offset)
+            self._stale = False
+            await self._read(await self._start(), view, offset)
         except (NbdError, UdedupError) as error:
+            self._backoff = min(max(2 * self._backoff, BACKOFF_SECONDS_MIN), BACKOFF_SECONDS_MAX)
+            self._not_before = trio.current_time() + self._backoff
             raise OSError(errno.EIO, f"qemu-nbd failed: {error}") from error
 
     async def _read(self, client: NbdClient, view: memoryview, offset: int) -> None:
@@ -173,14 +182,20 @@ class Helper:
             if not usable:
                 self.close()
 
+    def _report(self, text: str) -> None:
+        """Logs a warning, at most one a minute."""
+        if trio.current_time() >= self._silent_until:
+            self._silent_until = trio.current_time() + REPORT_SECONDS
+            log.warning("image %s: %s", self.recipe.file.path, text)
+
     async def _start(self) -> NbdClient:
         """Starts the process and connects to it. Raises NbdError or UdedupError; nothing is left running then."""
         program = require_program("qemu-nbd", "the image")
         killer = require_program("setpriv", "the image")
-        connected = False
-        try:
-            with tempfile.TemporaryDirectory(prefix="udedup-nbd-") as directory, tempfile.TemporaryFile() as errors:
-                socket = Path(directory) / "socket"
+        with tempfile.TemporaryDirectory(prefix="udedup-nbd-") as directory, tempfile.TemporaryFile() as errors:
+            socket = Path(directory) / "socket"
+            connected = False
+            try:
                 # In this thread, the engine's first: the kernel's promise to kill the child is about the thread that
                 # made it. Nothing here takes longer than a fork.
                 self._process = subprocess.Popen(
@@ -194,36 +209,38 @@ class Helper:
                     env=environment(),
                     pass_fds=[self.recipe.file.descriptor],
                 )  # fmt: skip
-                stream = await self._connect(socket, self._process)
-                if stream is None:
-                    errors.seek(0)
-                    raise NbdError(said(errors.read().decode("utf-8", "replace")))
-                self._client = client = NbdClient(stream)
                 with trio.fail_after(START_SECONDS):
+                    self._client = client = NbdClient(await self._connect(socket, self._process))
                     await client.negotiate()
-            if client.size < self.size:
-                raise NbdError(f"it serves {client.size} bytes instead of {self.size}")
-            connected = True
-        except trio.TooSlowError:
-            raise NbdError(f"it is not ready after {START_SECONDS:g} s") from None
-        except OSError as error:
-            raise NbdError(f"it can't be started: {error.strerror}") from error
-        finally:
-            if not connected:
+                self._check_size(client)
+                connected = True
+            except trio.TooSlowError:
+                raise NbdError(f"it is not ready after {START_SECONDS:g} s") from None
+            except OSError as error:
+                raise NbdError(f"it can't be started: {error.strerror}") from error
+            except NbdError as error:
                 self.close()
-        return client
+                errors.seek(0)
+                # What it said before it went is the better reason.
+                raise NbdError(said(errors.read().decode("utf-8", "replace")) or str(error)) from error
+            finally:
+                if not connected:
+                    self.close()
+            return client
 
-    async def _connect(self, socket: Path, process: "subprocess.Popen[bytes]") -> trio.SocketStream | None:
-        """The connection; None if the process ends before it listens."""
-        with trio.fail_after(START_SECONDS):
-            while process.poll() is None:
-                try:
-                    return await trio.open_unix_socket(str(socket))
-                except OSError as error:
-                    if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
-                        raise
-                await trio.sleep(POLL_SECONDS)
-        return None
+    def _check_size(self, client: NbdClient) -> None:
+        if client.size < self.size:
+            raise NbdError(f"it serves {client.size} bytes instead of {self.size}")
+
+    async def _connect(self, socket: Path, process: "subprocess.Popen[bytes]") -> trio.SocketStream:
+        while process.poll() is None:
+            try:
+                return await trio.open_unix_socket(str(socket))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+                    raise
+            await trio.sleep(POLL_SECONDS)
+        raise NbdError(f"it ended with status {process.returncode}")
 
     def close(self) -> None:
         """Ends the process, if there is one."""
@@ -250,8 +267,7 @@ class HelperImage(Layer):
         return Extent(self.helper, offset, length)
 
     def forget(self) -> None:
-        """The process would go by what it has read before; the next read starts another one."""
-        self.helper.close()
+        self.helper.forget()
 
     def close(self) -> None:
         self.helper.close()

@@ -104,7 +104,7 @@ class NbdClient:
         while done < len(view):
             try:
                 count = await self._stream.socket.recv_into(view[done:])
-            except OSError as error:
+            except (OSError, trio.ClosedResourceError) as error:
                 raise NbdError("the connection is gone") from error
             if not count:
                 raise NbdError("it closed the connection")

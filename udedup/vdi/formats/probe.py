@@ -17,16 +17,13 @@ from typing import Final
 import attrs
 
 from udedup.errors import UdedupError
-from udedup.vdi.formats import qcow2, vdi
+from udedup.vdi.formats import FORMATS, qcow2, vdi
 from udedup.vdi.formats.helper import Helper, HelperImage, Recipe, require_program, virtual_size
 from udedup.vdi.formats.layer import DEPTH_MAX, Layer, same_file
 from udedup.vdi.formats.raw import RawFile
 from udedup.vdi.paths import Allowed, open_named, open_part
 
 log = logging.getLogger(__name__)
-
-FORMATS: Final = ("raw", "qcow2", "vdi", "vmdk", "vpc", "vhdx")
-"""QEMU's names; vpc is VHD."""
 
 KNOWN: Final = f"which is none of {', '.join(FORMATS)}"
 

@@ -12,7 +12,8 @@ from typing import Final
 import attrs
 
 from udedup.errors import UdedupError
-from udedup.vdi.formats.layer import ZEROS, Extent, Layer, Source, bad_map
+from udedup.vdi.formats.helper import Helper
+from udedup.vdi.formats.layer import ZEROS, Extent, Layer, bad_map
 from udedup.vdi.formats.raw import RawFile
 from udedup.vdi.formats.tables import PAGE_BYTES, TableCache
 
@@ -158,7 +159,7 @@ def _extensions(raw: bytes, start: int, end: int, subject: str) -> dict[int, byt
 class Qcow2(Layer):
     """One qcow2 file. ``data`` is where its clusters are: the file itself or its external data file."""
 
-    def __init__(self, header: Header, file: RawFile, data: RawFile, below: Layer | None, decoder: Source) -> None:
+    def __init__(self, header: Header, file: RawFile, data: RawFile, below: Layer | None, decoder: Helper) -> None:
         self.header = header
         self.size = header.size
         self.below = below
@@ -179,6 +180,7 @@ class Qcow2(Layer):
 
     def forget(self) -> None:
         self._tables.forget()
+        self._decoder.forget()
         self._file.forget()
         if self._external:
             self._data.forget()
@@ -186,6 +188,7 @@ class Qcow2(Layer):
             self.below.forget()
 
     def close(self) -> None:
+        self._decoder.close()
         self._file.close()
         if self._external:
             self._data.close()
