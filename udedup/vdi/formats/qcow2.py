@@ -15,7 +15,7 @@ from udedup.errors import UdedupError
 from udedup.vdi.formats.helper import Helper
 from udedup.vdi.formats.layer import ZEROS, Extent, Layer, bad_map
 from udedup.vdi.formats.raw import RawFile
-from udedup.vdi.formats.tables import PAGE_BYTES, TableCache
+from udedup.vdi.formats.tables import PAGE_BYTES, PAGES_MAX, TableCache
 
 MAGIC: Final = b"QFI\xfb"
 CLUSTER_BITS: Final = range(9, 22)
@@ -43,6 +43,8 @@ FLAG_ZERO: Final = 1 << 0
 SUBCLUSTER_BITS: Final = 5
 SUBCLUSTERS: Final = 1 << SUBCLUSTER_BITS
 ALL_SUBCLUSTERS: Final = (1 << SUBCLUSTERS) - 1
+
+NO_ENTRIES: "Final[array[int]]" = array("Q")
 
 SAMPLED_TABLES: Final = 16
 """Second-level tables looked through for compressed clusters when an image is opened."""
@@ -171,14 +173,25 @@ class Qcow2(Layer):
         self._tables = TableCache(file, "Q", "big")
         self._bits = header.cluster_bits
         self._cluster = 1 << header.cluster_bits
+        self._mask = self._cluster - 1
+        self._odd = ~OFFSET_MASK | self._mask
+        """Bits that an entry has only if it is no plain offset, or a wrong one."""
         self._words = 2 if header.extended else 1
         """Numbers an entry of the second level has."""
         self._entries = self._cluster // (8 * self._words)
         """Entries of a second-level table, a power of two."""
         self._table_span = self._entries << self._bits
         """Bytes of disk that one second-level table stands for."""
+        self._span_entries = min(self._entries, PAGE_BYTES // (8 * self._words))
+        """Entries of a span: what of one second-level table is in one page of it."""
+        self._span_bits = self._bits + self._span_entries.bit_length() - 1
+        self._spans: dict[int, array[int]] = {}
+        """Entries by number of the span, as far as they have been needed; emptied when it is full."""
+        self._plain = self._words == 1 and not self._external and header.encryption is None
+        """Whether an entry can be all there is to know about a cluster."""
 
     def forget(self) -> None:
+        self._spans = {}
         self._tables.forget()
         self._decoder.forget()
         self._file.forget()
@@ -195,27 +208,57 @@ class Qcow2(Layer):
         if self.below is not None:
             self.below.close()
 
+    def read_cached(self, view: memoryview, offset: int) -> bool:
+        """The usual case made short: a read within an ordinary cluster whose entry is at hand."""
+        entries = self._spans.get(offset >> self._span_bits)
+        within = offset & self._mask
+        if entries and self._plain and within + len(view) <= self._cluster:
+            entry = entries[(offset >> self._bits) & self._span_entries - 1]
+            host = entry & ~FLAG_COPIED
+            if host and not host & self._odd:
+                # False behind the end of the file, too: the long way finds out what to make of that.
+                return self._data.read_cached(view, host + within)
+        return super().read_cached(view, offset)
+
     def lookup(self, offset: int, length: int, *, wait: bool) -> Extent | None:
-        position = self.header.l1_offset + 8 * (offset // self._table_span)
+        entries = self._spans.get(offset >> self._span_bits)
+        if entries is None:
+            entries = self._load_span(offset >> self._span_bits, wait=wait)
+            if entries is None:
+                return None
+        if not entries:
+            return self.fall_through(offset, min(length, self._table_span - offset % self._table_span), wait=wait)
+        index = (offset >> self._bits) & self._span_entries - 1
+        wanted = ((offset & self._mask) + length + self._mask) >> self._bits
+        words = entries[self._words * index : self._words * min(index + wanted, self._span_entries)]
+        find = self._find_subclusters if self._words == 2 else self._find_clusters
+        return find(words, offset, length, wait=wait)
+
+    def _load_span(self, number: int, *, wait: bool) -> "array[int] | None":
+        """The entries of a span, none if there is no table for it; None if that takes the disk."""
+        spans = self._spans
+        position, index = self.header.l1_offset, number << self._span_bits
+        position += 8 * (index // self._table_span)
         page = self._tables.page(position, wait=wait)
         if page is None:
             return None
         table = page[(position & PAGE_BYTES - 1) >> 3] & OFFSET_MASK
+        if len(spans) >= PAGES_MAX:
+            spans.clear()
         if not table:
-            return self.fall_through(offset, min(length, self._table_span - offset % self._table_span), wait=wait)
-        if table & self._cluster - 1:
+            spans[number] = NO_ENTRIES
+            return NO_ENTRIES
+        if table & self._mask:
             raise bad_map(f"a second-level table is at byte {table}, which is not the start of a cluster")
-        index = (offset >> self._bits) % self._entries
-        position = table + 8 * self._words * index
-        # All words of an entry are in one page; if the last one is there, so are the others.
-        page = self._tables.page(position + 8 * (self._words - 1), wait=wait)
+        count = self._words * self._span_entries
+        first = table + 8 * self._words * (index % self._table_span >> self._bits)
+        page = self._tables.page(first + 8 * (count - 1), wait=wait)
         if page is None:
             return None
-        wanted = (offset % self._cluster + length + self._cluster - 1) >> self._bits
-        first = (position & PAGE_BYTES - 1) >> 3
-        words = page[first : first + self._words * min(wanted, self._entries - index)]
-        find = self._find_subclusters if self._words == 2 else self._find_clusters
-        return find(words, offset, length, wait=wait)
+        start = (first & PAGE_BYTES - 1) >> 3
+        entries = page if count == len(page) else page[start : start + count]
+        spans[number] = entries
+        return entries
 
     def compressed_within(self, tables: int) -> bool:
         """Whether the first ``tables`` second-level tables in use have compressed clusters; waits for the disk."""
@@ -239,7 +282,7 @@ class Qcow2(Layer):
     def _find_clusters(self, entries: "array[int]", offset: int, length: int, *, wait: bool) -> Extent | None:
         """:meth:`lookup` among the entries of the clusters from ``offset`` on."""
         entry = entries[0]
-        within = offset & self._cluster - 1
+        within = offset & self._mask
         count, run = len(entries), 1
         host = entry & OFFSET_MASK
         if entry & FLAG_COMPRESSED:
@@ -261,7 +304,7 @@ class Qcow2(Layer):
     def _find_subclusters(self, words: "array[int]", offset: int, length: int, *, wait: bool) -> Extent | None:
         """The same for extended entries, each of which has a bit map of its subclusters."""
         entry, bitmap = words[0], words[1]
-        within = offset & self._cluster - 1
+        within = offset & self._mask
         host = entry & OFFSET_MASK
         if entry & FLAG_COMPRESSED:
             return Extent(self._decoder, offset, min(length, self._cluster - within))
@@ -294,8 +337,8 @@ class Qcow2(Layer):
 
     def _in_data(self, host: int, offset: int, length: int) -> Extent:
         """The extent of a cluster at byte ``host`` of the data, and of those that follow it there."""
-        within = offset & self._cluster - 1
-        if host & self._cluster - 1:
+        within = offset & self._mask
+        if host & self._mask:
             raise bad_map(f"a cluster is at byte {host}, which is not a multiple of its size")
         if self._external and host != offset - within:
             raise bad_map(f"a cluster of the data file is at byte {host} and belongs at {offset - within}")
