@@ -47,7 +47,9 @@ ALL_SUBCLUSTERS: Final = (1 << SUBCLUSTERS) - 1
 NO_ENTRIES: "Final[array[int]]" = array("Q")
 
 SAMPLED_TABLES: Final = 16
-"""Second-level tables looked through for compressed clusters when an image is opened."""
+"""Second-level tables looked through for compressed clusters when an image is opened, …"""
+SAMPLED_ENTRIES: Final = 1 << 16
+"""… among so many entries of the first level."""
 
 
 @attrs.frozen
@@ -263,7 +265,7 @@ class Qcow2(Layer):
     def compressed_within(self, tables: int) -> bool:
         """Whether the first ``tables`` second-level tables in use have compressed clusters; waits for the disk."""
         span = self._table_span
-        for start in range(0, self.size, span):
+        for start in range(0, min(self.size, span * SAMPLED_ENTRIES), span):
             position = self.header.l1_offset + 8 * (start // span)
             page = self._tables.page(position, wait=True)
             assert page is not None
