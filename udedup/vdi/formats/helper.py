@@ -1,9 +1,8 @@
 """What only QEMU can decode, read by a qemu-nbd of our own: compressed and encrypted qcow2, VMDK, VHD, VHDX.
 
 The process is started by the first read, gets the file as an open descriptor, and opens nothing an image might name:
-its backing file is switched off. It ends with the engine whatever happens (the kernel kills it when its parent dies,
-and it ends by itself when its client is gone). If it ends before that, the next read starts another one, with
-back-off.
+its backing file is switched off. Its one connection exists before it does, and it ends when that is closed: so it ends
+with the engine, whatever happens to that. If it ends before, the next read starts another one, with back-off.
 """
 
 import errno
@@ -11,11 +10,13 @@ import json
 import logging
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import attrs
 import trio
@@ -27,9 +28,13 @@ from udedup.vdi.formats.raw import RawFile
 
 log = logging.getLogger(__name__)
 
-PACKAGE: Final = "qemu-utils"
+PACKAGES: Final = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils"}
+"""Of Debian, by program."""
 START_SECONDS: Final = 10.0
-POLL_SECONDS: Final = 0.01
+# systemd's socket activation: the listening socket is descriptor 3, given as the standard output. Popen itself hands on
+# standard descriptors only: for others it would have the child close all the rest one by one, while this process
+# stands still; and closing a file of our own mount takes an answer from this process.
+ACTIVATE: Final = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@" 3<&1 >/dev/null'
 INFO_SECONDS: Final = 30.0
 END_SECONDS: Final = 1.0
 BACKOFF_SECONDS_MIN: Final = 0.5
@@ -38,10 +43,10 @@ REPORT_SECONDS: Final = 60.0
 
 
 def require_program(name: str, subject: str) -> str:
-    """The path of one of QEMU's programs. Raises UdedupError, which begins with ``subject``."""
+    """The path of a program this takes. Raises UdedupError, which begins with ``subject``."""
     found = shutil.which(name)
     if found is None:
-        raise UdedupError(f"{subject}: reading it takes {name}, which is missing; install the package {PACKAGE}")
+        raise UdedupError(f"{subject}: reading it takes {name}, which is missing; install the package {PACKAGES[name]}")
     return found
 
 
@@ -63,12 +68,15 @@ class Recipe:
     """File with the passphrase, for then."""
 
     def image(self) -> str:
-        """What to give QEMU as the name of the image. Without its locks: it is a reader like any other."""
+        """What to give QEMU as the name of the image, which is its standard input.
+
+        Without QEMU's locks: it is a reader like any other.
+        """
         kind = "host_device" if stat.S_ISBLK(self.file.status.st_mode) else "file"
         node: dict[str, object] = {
             "driver": self.driver,
             "backing": None,
-            "file": {"driver": kind, "filename": f"/proc/self/fd/{self.file.descriptor}", "locking": "off"},
+            "file": {"driver": kind, "filename": "/proc/self/fd/0", "locking": "off"},
         }
         if self.encryption is not None:
             node["encrypt"] = {"format": self.encryption, "key-secret": "passphrase"}
@@ -87,13 +95,14 @@ def virtual_size(recipe: Recipe, subject: str) -> int:
     try:
         done = subprocess.run(
             command,
+            stdin=recipe.file.descriptor,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=INFO_SECONDS,
             check=False,
             env=environment(),
-            pass_fds=[recipe.file.descriptor],
+            close_fds=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UdedupError(f"{subject}: qemu-img failed: {error}") from error
@@ -106,6 +115,34 @@ def virtual_size(recipe: Recipe, subject: str) -> int:
     if not 0 < size < 1 << 62:
         raise UdedupError(f"{subject}: gives a disk of {size} bytes, which can't be served")
     return int(size)
+
+
+def launch(recipe: Recipe, errors: IO[bytes]) -> "tuple[subprocess.Popen[bytes], socket.socket]":
+    """Starts a qemu-nbd for ``recipe`` and returns it with a connection to it; ``errors`` is where it complains.
+
+    Waits for the process to be made, so this is for a worker thread. Raises OSError or UdedupError.
+    """
+    command = ["/bin/sh", "-c", ACTIVATE, require_program("qemu-nbd", "the image"), "--read-only"]
+    with (
+        tempfile.TemporaryDirectory(prefix="udedup-nbd-") as directory,
+        socket.socket(socket.AF_UNIX) as listener,
+        ExitStack() as stack,
+    ):
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(f"{directory}/socket")
+        listener.listen(1)
+        client.connect(f"{directory}/socket")
+        client.setblocking(False)
+        process = subprocess.Popen(
+            [*command, *recipe.options(), recipe.image()],
+            stdin=recipe.file.descriptor,
+            stdout=listener.fileno(),
+            stderr=errors,
+            env=environment(),
+            close_fds=False,
+        )
+        stack.pop_all()
+    return process, client
 
 
 def said(text: str) -> str:
@@ -189,31 +226,17 @@ class Helper:
             log.warning("image %s: %s", self.recipe.file.path, text)
 
     async def _start(self) -> NbdClient:
-        """Starts the process and connects to it. Raises NbdError or UdedupError; nothing is left running then."""
-        program = require_program("qemu-nbd", "the image")
-        killer = require_program("setpriv", "the image")
-        with tempfile.TemporaryDirectory(prefix="udedup-nbd-") as directory, tempfile.TemporaryFile() as errors:
-            socket = Path(directory) / "socket"
-            connected = False
+        """Starts the process and agrees with it. Raises NbdError or UdedupError; nothing is left running then."""
+        with tempfile.TemporaryFile() as errors:
+            agreed = False
             try:
-                # In this thread, the engine's first: the kernel's promise to kill the child is about the thread that
-                # made it. Nothing here takes longer than a fork.
-                self._process = subprocess.Popen(
-                    [
-                        killer, "--pdeathsig", "KILL", "--no-new-privs", program, "--read-only", f"--socket={socket}",
-                        *self.recipe.options(), self.recipe.image(),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    env=environment(),
-                    pass_fds=[self.recipe.file.descriptor],
-                )  # fmt: skip
+                # Not to be abandoned: somebody has to own what it starts.
+                self._process, client = await trio.to_thread.run_sync(launch, self.recipe, errors)
+                self._client = NbdClient(trio.SocketStream(trio.socket.from_stdlib_socket(client)))
                 with trio.fail_after(START_SECONDS):
-                    self._client = client = NbdClient(await self._connect(socket, self._process))
-                    await client.negotiate()
-                self._check_size(client)
-                connected = True
+                    await self._client.negotiate()
+                self._check_size(self._client)
+                agreed = True
             except trio.TooSlowError:
                 raise NbdError(f"it is not ready after {START_SECONDS:g} s") from None
             except OSError as error:
@@ -224,23 +247,13 @@ class Helper:
                 # What it said before it went is the better reason.
                 raise NbdError(said(errors.read().decode("utf-8", "replace")) or str(error)) from error
             finally:
-                if not connected:
+                if not agreed:
                     self.close()
-            return client
+            return self._client
 
     def _check_size(self, client: NbdClient) -> None:
         if client.size < self.size:
             raise NbdError(f"it serves {client.size} bytes instead of {self.size}")
-
-    async def _connect(self, socket: Path, process: "subprocess.Popen[bytes]") -> trio.SocketStream:
-        while process.poll() is None:
-            try:
-                return await trio.open_unix_socket(str(socket))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
-                    raise
-            await trio.sleep(POLL_SECONDS)
-        raise NbdError(f"it ended with status {process.returncode}")
 
     def close(self) -> None:
         """Ends the process, if there is one."""
