@@ -366,8 +366,8 @@ class Engine:
         from udedup.vdi.filesystem import withdraw
 
         images, mount = self._require_mount()
-        path = Path(request.path)
-        shown = path.name if path.parent == mount else request.image
+        path = Path(os.path.normpath(request.path))
+        shown = path.name if path.parent == Path(os.path.normpath(mount)) else request.image
         image = images.find(shown) if shown in images.by_name else images.find(request.path)
         await withdraw(images, image, on_removed=lambda: self.hints.remove_image(image.inode))
         return True

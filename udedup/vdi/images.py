@@ -238,10 +238,13 @@ class Images:
         return image
 
     def find(self, wanted: str) -> Image:
-        """The image that is shown as ``wanted`` or whose path that is. Raises UdedupError unless it is exactly one."""
+        """The image that is shown as ``wanted`` or whose path that is. Raises UdedupError unless it is exactly one.
+
+        Paths are compared as text, since the disk they are on might not answer.
+        """
         if wanted in self.by_name:
             return self.by_name[wanted]
-        found = [image for image in self if str(image.path) == wanted]
+        found = [image for image in self if os.path.normpath(image.path) == os.path.normpath(wanted)]
         if not found:
             raise UdedupError(f"image {wanted!r}: is not in the mount; `udedup status` lists those that are")
         if len(found) > 1:
