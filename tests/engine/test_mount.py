@@ -34,11 +34,15 @@ def read(path: Path, size: int) -> tuple[int, bytes]:
         os.close(descriptor)
 
 
-async def test_hinted_image_blocks_merge_by_their_known_digest(start: Start, tmp_path: Path) -> None:
-    content = write_image(tmp_path / "disk.img", 64)
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+async def test_hinted_image_blocks_merge_by_their_known_digest(start: Start, tmp_path: Path, kind: str) -> None:
+    """Hints go by the blocks of the disk, wherever the image has them."""
+    content = write_image(tmp_path / "disk.bin", 64)
+    path = tmp_path / "disk.img"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, tmp_path / "disk.bin", path], check=True)
     mount = tmp_path / "mount"
     mount.mkdir()
-    engine = await start(mount=mount, images=(("disk", tmp_path / "disk.img"),))
+    engine = await start(mount=mount, images=(("disk", path),))
     inode, served = await trio.to_thread.run_sync(read, mount / "disk", len(content))
     assert served == content
 
@@ -57,7 +61,9 @@ async def test_hinted_image_blocks_merge_by_their_known_digest(start: Start, tmp
     assert status["hints"]["content"] >= 64
     assert status["hints"]["visited"] == 128
     assert status["pages_scanned"] == 128
-    assert [image["name"] for image in status["images"]] == ["disk"]
+    assert [(image["name"], image["format"], image["size"]) for image in status["images"]] == [
+        ("disk", kind, len(content))
+    ]
     assert status["mount"] == str(mount)
 
 
@@ -101,28 +107,6 @@ async def test_images_added_later(start: Start, tmp_path: Path) -> None:
         with pytest.raises(UdedupError) as caught:
             await engine.ask(op="mount", images=images)
         assert "\n" not in str(caught.value)
-
-
-async def test_hints_on_a_qcow2_image_need_no_hashing(start: Start, tmp_path: Path) -> None:
-    """Hints go by the blocks of the disk, wherever the image has them."""
-    content = write_image(tmp_path / "disk.bin", 64)
-    source, path = tmp_path / "disk.bin", tmp_path / "disk.qcow2"
-    subprocess.run(["qemu-img", "convert", "-O", "qcow2", source, path], check=True)
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    engine = await start(mount=mount, images=((None, path),))
-    inode, served = await trio.to_thread.run_sync(read, mount / "disk.raw", len(content))
-    assert served == content
-    agents = []
-    for base in (FIRST, SECOND):
-        agent = FakeAgent(engine.path, {base + n * PAGE: page(1000 + n) for n in range(64)})
-        agent.on_scan = lambda count, packet: (0, 0, 0, bytes(12) + b"\1\0\0\0")  # type: ignore[method-assign]
-        agents.append(await engine.join(agent))
-        agent.hint(base, len(content), inode=inode, offset=0)
-    await engine.until(lambda: all(len(agent.placed) == 64 for agent in agents), "merged")
-    assert not any(lib.UDD_VISIT in agent.requests for agent in agents)
-    (image,) = (await engine.status())["images"]
-    assert (image["name"], image["format"], image["size"]) == ("disk.raw", "qcow2", len(content))
 
 
 async def test_backing_files_where_the_engine_allows_them(start: Start, tmp_path: Path) -> None:

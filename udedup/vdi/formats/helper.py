@@ -146,9 +146,10 @@ def launch(recipe: Recipe, errors: IO[bytes]) -> "tuple[subprocess.Popen[bytes],
 
 
 def said(text: str) -> str:
-    """The last line of what a program of QEMU's said, without its name and the descriptor it was given."""
+    """The last line of what a program of QEMU's said, without the name it was given for the image; fit for a log."""
     lines = text.strip().splitlines() or [""]
-    return " ".join(lines[-1].rpartition("}}': ")[2].removeprefix("qemu-img: ").split())
+    last = lines[-1].rpartition("}}': ")[2].removeprefix("qemu-img: ")
+    return "".join(character if character.isprintable() else "?" for character in last)
 
 
 class Helper:
