@@ -117,8 +117,10 @@ struct udd_hints *udd_hints_create(uint32_t slots);
 void udd_hints_destroy(struct udd_hints *hints);
 uint32_t udd_hints_depth(const struct udd_hints *hints); // pages that can be popped
 uint64_t udd_hints_overwritten(const struct udd_hints *hints); // cumulative pages that fell off a bottom
-// `digests` (2 words a block of 4096 bytes, 0, 0 if not known yet) must live as long as the stack.
+// `digests` (2 words a block of 4096 bytes, 0, 0 if not known yet) must live as long as the stack, or until the image is removed.
 int udd_hints_add_image(struct udd_hints *hints, uint64_t inode, const uint64_t *digests, uint64_t blocks);
+// Undoes that: nothing refers to the digests any more.
+void udd_hints_remove_image(struct udd_hints *hints, uint64_t inode);
 // Puts a hint on top. inode 0: not on the udedup mount. Returns the number of pages meant.
 int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address, uint64_t length, uint64_t inode,
 		       uint64_t offset, uint64_t nanoseconds);

@@ -49,7 +49,7 @@ struct lane {
 };
 
 struct image {
-	uint64_t inode;
+	uint64_t inode; // 0: removed, free for another one
 	const uint64_t *digests;
 	uint64_t blocks;
 };
@@ -265,17 +265,6 @@ uint64_t udd_hints_overwritten(const struct udd_hints *hints)
 	return hints->overwritten;
 }
 
-int udd_hints_add_image(struct udd_hints *hints, uint64_t inode, const uint64_t *digests, uint64_t blocks)
-{
-	struct image *images = realloc(hints->images, (hints->image_count + 1) * sizeof(*images));
-
-	if (!images)
-		return -ENOMEM;
-	images[hints->image_count++] = (struct image){.inode = inode, .digests = digests, .blocks = blocks};
-	hints->images = images;
-	return 0;
-}
-
 static uint32_t image_find(const struct udd_hints *hints, uint64_t inode)
 {
 	for (uint32_t i = 0; i < hints->image_count; i++) {
@@ -283,6 +272,37 @@ static uint32_t image_find(const struct udd_hints *hints, uint64_t inode)
 			return i + 1;
 	}
 	return 0;
+}
+
+int udd_hints_add_image(struct udd_hints *hints, uint64_t inode, const uint64_t *digests, uint64_t blocks)
+{
+	struct image added = {.inode = inode, .digests = digests, .blocks = blocks};
+	uint32_t slot = image_find(hints, 0);
+
+	if (slot) {
+		hints->images[slot - 1] = added;
+		return 0;
+	}
+	struct image *images = realloc(hints->images, (hints->image_count + 1) * sizeof(*images));
+
+	if (!images)
+		return -ENOMEM;
+	images[hints->image_count++] = added;
+	hints->images = images;
+	return 0;
+}
+
+void udd_hints_remove_image(struct udd_hints *hints, uint64_t inode)
+{
+	uint32_t slot = image_find(hints, inode);
+
+	if (!slot)
+		return;
+	for (uint32_t i = 0; i < hints->fresh; i++) {
+		if (hints->entries[i].image == slot)
+			hints->entries[i].image = 0;
+	}
+	hints->images[slot - 1] = (struct image){0};
 }
 
 static void hints_push_page(struct udd_hints *hints, struct lane *lane, uint64_t address, uint32_t image, uint64_t block,

@@ -45,6 +45,8 @@ def test_tables_come_as_json_too(name: str) -> None:
         ("mount",),
         ("mount", "=disk"),
         ("mount", "name="),
+        ("mount", "--image-format", "best", "disk"),
+        ("umount",),
         ("unmerge", "zero"),
         ("unmerge", "0"),
         ("engine", "--policy", "best"),
@@ -121,7 +123,7 @@ def test_engine_of_root_is_found_by_users_without_their_own(monkeypatch: pytest.
     assert places.engine_socket() == own
 
 
-@pytest.mark.parametrize("argv", [("status",), ("unmerge",), ("unmerge", "1"), ("mount", "/disk")])
+@pytest.mark.parametrize("argv", [("status",), ("unmerge",), ("unmerge", "1"), ("mount", "/disk"), ("umount", "disk")])
 def test_no_engine_is_one_line(tmp_path: Path, argv: tuple[str, ...]) -> None:
     done = udedup(argv[0], "--socket", tmp_path / "nobody", *argv[1:])
     assert done.returncode == 1

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +243,67 @@ def test_images_are_added_while_it_runs(engine_factory: Callable[..., Engine], d
     assert (done.returncode, done.stdout) == (0, f"{engine.mount / 'disk.img'}\n{engine.mount / 'again'}\n")
     assert (engine.mount / "again").read_bytes() == disk.read_bytes()
     assert_refused(engine.command("mount", f"again={disk}"), "again")
+
+
+@pytest.mark.require("fuse")
+def test_images_are_taken_out(engine_factory: Callable[..., Engine], disk: Path) -> None:
+    """By name, by path in the mount, by the image's own path; not while somebody reads."""
+    engine = engine_factory(images={"one": disk, "two": disk})
+    assert engine.mount is not None
+    with (engine.mount / "one").open("rb"):
+        done = engine.command("umount", "one")
+        assert_refused(done, f"process {os.getpid()} ({Path('/proc/self/comm').read_text().strip()})")
+        assert engine.command("umount", "two").returncode == 0
+    assert (engine.mount / "one").exists()
+    assert not (engine.mount / "two").exists()
+    assert engine.command("umount", engine.mount / "one").returncode == 0
+    assert engine.command("mount", disk).returncode == 0
+    assert engine.command("umount", os.path.relpath(disk)).returncode == 0
+    assert list(engine.mount.iterdir()) == []
+    assert_refused(engine.command("umount", "one"), "not in the mount")
+
+
+@pytest.mark.require("fuse")
+def test_qcow2_with_a_backing_file_elsewhere(engine_factory: Callable[..., Engine], disk: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tops"
+    folder.mkdir()
+    for name in ("a", "b"):
+        path = folder / f"{name}.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", "raw", path], check=True)
+    assert_refused(engine_factory().command("mount", folder / "a.qcow2"), "--allow-backing")
+    engine = engine_factory("--allow-backing", str(disk.parent), "--image", str(folder / "a.qcow2"))
+    assert engine.mount is not None
+    done = engine.command("mount", folder / "b.qcow2")
+    assert (done.returncode, done.stdout) == (0, f"{engine.mount / 'b.raw'}\n")
+    for name in ("a.raw", "b.raw"):
+        assert (engine.mount / name).read_bytes() == disk.read_bytes()
+    assert {image["format"] for image in engine.status()["images"]} == {"qcow2"}
+
+
+@pytest.mark.require("fuse")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_helpers_end_with_the_engine(
+    engine_factory: Callable[..., Engine], disk: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "disk.vmdk"
+    subprocess.run(["qemu-img", "convert", "-O", "vmdk", disk, path], check=True)
+    engine = engine_factory(images={"disk": path})
+    assert engine.mount is not None
+    assert (engine.mount / "disk").read_bytes()[: disk.stat().st_size] == disk.read_bytes()
+    (helper,) = [process for process in Path("/proc").glob("[0-9]*") if is_helper_of(engine.pid, process)]
+    engine.stop(number)
+    deadline = time.monotonic() + 10
+    while (helper / "exe").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_helper_of(engine: int, process: Path) -> bool:
+    try:
+        text = (process / "stat").read_text()
+    except OSError:
+        return False
+    return text.split("(")[1].startswith("qemu-nbd)") and int(text.rpartition(")")[2].split()[1]) == engine
 
 
 def test_no_mount_to_show_images_in(engine_factory: Callable[..., Engine], disk: Path) -> None:

@@ -352,6 +352,23 @@ def test_block_without_digest_and_zero_block_are_visited() -> None:
     assert known(stack) == ({102: 3}, [(100, 2)])
 
 
+def test_removed_image_takes_its_digests_along() -> None:
+    """Hints on it, given before or after, are visited; the next image in its place does not lend them its digests."""
+    stack, ring = HintStack(100), Ring()
+    stack.add_image(7, image(50), 50 * PAGE)
+    stack.add_image(8, image(50), 50 * PAGE)
+    ring.write(100 * PAGE, 3 * PAGE, inode=7, offset=0, nanoseconds=1 | ON_MOUNT)
+    ring.write(200 * PAGE, 3 * PAGE, inode=8, offset=0, nanoseconds=1 | ON_MOUNT)
+    stack.drain(1, ring.ring, arm=False)
+    stack.remove_image(7)
+    stack.remove_image(99)
+    stack.add_image(9, image(2), 2 * PAGE)
+    ring.write(300 * PAGE, 3 * PAGE, inode=7, offset=0, nanoseconds=1 | ON_MOUNT)
+    ring.write(400 * PAGE, 2 * PAGE, inode=9, offset=0, nanoseconds=1 | ON_MOUNT)
+    stack.drain(1, ring.ring, arm=False)
+    assert known(stack) == ({200: 1, 201: 2, 202: 3, 400: 1, 401: 2}, [(100, 3), (300, 3)])
+
+
 def test_empty_image() -> None:
     stack = HintStack(10)
     stack.add_image(7, mmap.mmap(-1, PAGE), 100)

@@ -229,6 +229,6 @@ def test_block_device(make_image: Callable[..., Path], lacking: Callable[[str], 
         assert image.read(5 * BLOCK, 2 * BLOCK) == path.read_bytes()[5 * BLOCK : 7 * BLOCK]
         image.update(image.examine())
         assert image.generation == 0
-        os.close(image._descriptor)
+        image.close()
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)

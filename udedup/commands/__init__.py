@@ -6,7 +6,7 @@ A module's first docstring line is its help. Heavy imports happen inside ``run``
 import argparse
 from typing import Protocol
 
-from udedup.commands import doctor, engine, mount, run, status, unmerge
+from udedup.commands import doctor, engine, mount, run, status, umount, unmerge
 
 
 class Command(Protocol):
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "engine": engine,
     "run": run,
     "mount": mount,
+    "umount": umount,
     "status": status,
     "unmerge": unmerge,
     "doctor": doctor,

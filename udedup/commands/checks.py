@@ -113,6 +113,14 @@ def _fuse() -> Check:
     return _check("FUSE", f"{_FUSE_DEVICE}, {fusermount}", essential=False)
 
 
+def _qemu_nbd() -> Check:
+    found = shutil.which("qemu-nbd")
+    advice = (
+        "apt-get install qemu-utils; without it no VMDK, VHD, VHDX, nor compressed or encrypted qcow2 can be mounted"
+    )
+    return _check("qemu-nbd", found or "not installed", None if found else advice, essential=False)
+
+
 def _mappings() -> Check:
     limit = int(_MAX_MAP_COUNT.read_text())
     low = limit < _MAX_MAP_COUNT_DEFAULT
@@ -145,6 +153,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _agent,
     _native,
     _fuse,
+    _qemu_nbd,
     _mappings,
     _descriptors,
     _address_space,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from udedup.commands.host import require_host
 from udedup.commands.options import (
     add_advisor_options,
+    add_image_options,
     allowed_domain,
     count,
     group,
@@ -60,7 +61,18 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]PATH",
-        help="show this raw disk image, read-only, as DIR/NAME (default: its own name); may be repeated",
+        help="show this disk image as a raw one, read-only, as DIR/NAME (default: its own name, which ends in .raw"
+        " unless the image is raw itself); may be repeated",
+    )
+    add_image_options(parser)
+    parser.add_argument(
+        "--allow-backing",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="let images have their backing files, data files and parents below DIR too, not only below the directory"
+        " they are in themselves; may be repeated",
     )
     parser.add_argument(
         "--allow-other",
@@ -178,6 +190,9 @@ def run(args: argparse.Namespace) -> int:
         mount=None if args.mount is None else args.mount.absolute(),
         images=tuple(args.image),
         allow_other=args.allow_other,
+        image_format=args.image_format,
+        secret_file=None if args.secret_file is None else args.secret_file.absolute(),
+        allow_backing=tuple(directory.absolute() for directory in args.allow_backing),
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from udedup.labels import LABEL_BYTES_MAX, RESERVED
 from udedup.places import engine_socket
+from udedup.vdi.formats import FORMATS
 
 
 def add_socket_option(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,19 @@ def add_advisor_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--advisor-max-pages-to-scan", type=count(1), default=30000, metavar="N", help="default: %(default)s"
+    )
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how images are to be opened: ``image_format`` and ``secret_file``."""
+    parser.add_argument(
+        "--image-format",
+        choices=FORMATS,
+        help="of the images; by default a block device and a file called .raw are raw, and the first bytes of others"
+        " tell (vpc: VHD). Say raw where a guest could write them",
+    )
+    parser.add_argument(
+        "--secret-file", type=Path, metavar="FILE", help="the passphrase of encrypted images, without a newline"
     )
 
 

@@ -20,8 +20,8 @@ _PAGES = (
 )
 _WORK = ("hints", "merges", "breaks", "lead_time_seconds", "cpu_seconds")
 _AGENT_COLUMNS = ("pid", "uid", "domain", "pages_sharing", "zero_pages", "runs", "vmas", "merging", "command")
-_IMAGE_COLUMNS = ("name", "size", "path")
-_WORDS = frozenset({"domain", "command", "name", "path"})
+_IMAGE_COLUMNS = ("name", "format", "size", "path")
+_WORDS = frozenset({"domain", "command", "name", "format", "path"})
 
 
 def report(status: Mapping[str, Any]) -> RenderableType:

@@ -228,6 +228,8 @@ class ImageStatus(msgspec.Struct, frozen=True):
 
     name: str
     path: str
+    format: str
+    """In QEMU's words."""
     size: int
     """Bytes."""
 

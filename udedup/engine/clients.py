@@ -29,6 +29,22 @@ class MountRequest(msgspec.Struct, tag_field="op", tag="mount", frozen=True):
     images: list[tuple[str | None, str]]
     """(name in the mount or null for the file's own, absolute path)."""
 
+    format: str | None = None
+    """Of the images, in QEMU's words; null: found out."""
+
+    secret: str | None = None
+    """Absolute path of the file with their passphrase."""
+
+
+class UmountRequest(msgspec.Struct, tag_field="op", tag="umount", frozen=True):
+    """One image fewer in the mount."""
+
+    image: str
+    """Its name there, …"""
+
+    path: str
+    """… or this is its path there, or that of the image itself."""
+
 
 class UnmergeRequest(msgspec.Struct, tag_field="op", tag="unmerge", frozen=True):
     """Private memory back."""
@@ -50,7 +66,7 @@ class CheckDomainRequest(msgspec.Struct, tag_field="op", tag="check_domain", fro
     label: str
 
 
-Request = StatusRequest | MountRequest | UnmergeRequest | MergeRequest | CheckDomainRequest
+Request = StatusRequest | MountRequest | UmountRequest | UnmergeRequest | MergeRequest | CheckDomainRequest
 
 
 class Client:

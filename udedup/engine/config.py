@@ -10,6 +10,7 @@ from udedup.engine.service import Service
 from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
+from udedup.vdi.formats import FORMATS
 
 
 @attrs.frozen
@@ -29,7 +30,16 @@ class EngineConfig:
     """Directory to mount the images on; None: no mount."""
 
     images: tuple[tuple[str | None, Path], ...] = ()
-    """(name in the mount or None for the file's own, path of a raw image)."""
+    """(name in the mount or None for the file's own, path of an image)."""
+
+    image_format: str | None = None
+    """Format of ``images``, in QEMU's words; None: found out."""
+
+    secret_file: Path | None = None
+    """File with the passphrase of ``images`` that are encrypted."""
+
+    allow_backing: tuple[Path, ...] = ()
+    """Directories in which images may have backing files, data files and parents, besides their own."""
 
     allow_other: bool = False
     """Whether other users may read from the mount."""
@@ -115,6 +125,11 @@ class EngineConfig:
         unused = self.shared_domains - {label for _, label in self.allowed_domains}
         if unused:
             raise UdedupError(f"domain {min(unused)!r} is shared, but no user may use it")
+        if self.image_format is not None and self.image_format not in FORMATS:
+            raise UdedupError(f"image format {self.image_format!r} is not known: choose one of {', '.join(FORMATS)}")
+        for directory in self.allow_backing:
+            if not directory.is_dir():
+                raise UdedupError(f"backing directory {directory}: is no directory")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
 

@@ -4,7 +4,9 @@ A client connects to the engine's socket (SOCK_SEQPACKET) and sends one JSON obj
 
 - ``{"op": "status", "kernel": true}``: see ``udedup.engine.accounting.Status``; ``kernel`` false leaves out the
   numbers that must be read from /proc/PID/smaps, which take a while
-- ``{"op": "mount", "images": [["name", "/absolute/path"], …]}``: the paths in the mount
+- ``{"op": "mount", "images": [["name", "/absolute/path"], …], "format": null, "secret": null}``: the paths in the
+  mount; the name may be null too
+- ``{"op": "umount", "image": "name", "path": "/absolute/path"}``: true, or the error; one of both is enough
 - ``{"op": "unmerge", "pid": 123}`` (null: all): how many pages are private again; these processes are left alone from
   then on
 - ``{"op": "merge", "pid": 123}`` (null: all): how many processes are no longer left alone

@@ -73,7 +73,8 @@ class HintStack:
         self._handle = ffi.gc(lib.udd_hints_create(slots), lib.udd_hints_destroy)
         if self._handle == ffi.NULL:
             raise MemoryError
-        self._digests: list[CData] = []
+        # By inode: C has their addresses.
+        self._digests: dict[int, CData] = {}
 
     def __len__(self) -> int:
         """Pages that can be popped."""
@@ -93,7 +94,12 @@ class HintStack:
             lib.udd_hints_add_image(self._handle, inode, ffi.cast("uint64_t *", view), size // PAGE),
             "an image's digests",
         )
-        self._digests.append(view)
+        self._digests[inode] = view
+
+    def remove_image(self, inode: int) -> None:
+        """Undoes :meth:`add_image`; hints on the image lose their digests."""
+        lib.udd_hints_remove_image(self._handle, inode)
+        self._digests.pop(inode, None)
 
     def drain(self, agent: int, ring: HintRing, *, pages: int, arm: bool) -> Drained:
         """Takes in up to ``pages`` pages of an agent's ring; ``arm``: have it ring for the next hint.

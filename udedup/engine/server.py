@@ -14,6 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -29,6 +30,7 @@ from udedup.engine.clients import (
     MountRequest,
     Request,
     StatusRequest,
+    UmountRequest,
     UnmergeRequest,
 )
 from udedup.engine.config import EngineConfig, Ready
@@ -55,6 +57,7 @@ from udedup.engine.wire import (
 from udedup.errors import UdedupError
 
 if TYPE_CHECKING:
+    from udedup.vdi.formats.probe import Opening
     from udedup.vdi.images import Image, Images
 
 __all__ = ["EngineConfig", "Ready", "run_engine"]
@@ -288,9 +291,12 @@ class Engine:
         match request:
             case StatusRequest(kernel=with_kernel):
                 return await self.status(peer, with_kernel=with_kernel)
-            case MountRequest(images=images):
+            case MountRequest():
                 clients.require_owner(peer, "mounting images")
-                return await self._mount(images)
+                return await self._mount(request)
+            case UmountRequest():
+                clients.require_owner(peer, "unmounting images")
+                return await self._umount(request)
             case UnmergeRequest(pid=pid):
                 return await self._unmerge(self._chosen(pid, peer))
             case MergeRequest(pid=pid):
@@ -318,7 +324,10 @@ class Engine:
             agents=agents,
             visible=[agent for agent in agents if peer.uid in (0, os.geteuid(), agent.peer.uid)],
             domains=self.domains,
-            images=[ImageStatus(name=image.name, path=str(image.path), size=image.size) for image in self.images or ()],
+            images=[
+                ImageStatus(name=image.name, path=str(image.path), format=image.format, size=image.size)
+                for image in self.images or ()
+            ],
             kernel=view,
         )
 
@@ -352,16 +361,32 @@ class Engine:
                 nursery.start_soon(unmerge, agent)
         return pages
 
-    async def _mount(self, images: Sequence[tuple[str | None, str]]) -> list[str]:
+    async def _mount(self, request: MountRequest) -> list[str]:
+        images, mount = self._require_mount()
+        secret = None if request.secret is None else clients.absolute(request.secret)
+        opening = self._opening(request.format, secret)
+        added = []
+        for name, path in request.images:
+            # In a thread: a slow disk must not hold up the engine, and a path in our own mount would wait for us.
+            image = await trio.to_thread.run_sync(images.add, clients.absolute(path), name, opening)
+            self._watch(image)
+            added.append(str(mount / image.name))
+        return added
+
+    async def _umount(self, request: UmountRequest) -> bool:
+        from udedup.vdi.filesystem import withdraw
+
+        images, mount = self._require_mount()
+        path = Path(os.path.normpath(request.path))
+        shown = path.name if path.parent == Path(os.path.normpath(mount)) else request.image
+        image = images.find(shown) if shown in images.by_name else images.find(request.path)
+        await withdraw(images, image, on_removed=lambda: self.hints.remove_image(image.inode))
+        return True
+
+    def _require_mount(self) -> "tuple[Images, Path]":
         if self.images is None or self.config.mount is None:
             raise UdedupError("this engine has no mount: start it with --mount DIR")
-        added = []
-        for name, path in images:
-            # In a thread: a slow disk must not hold up the engine, and a path in our own mount would wait for us.
-            image = await trio.to_thread.run_sync(self.images.add, clients.absolute(path), name)
-            self._watch(image)
-            added.append(str(self.config.mount / image.name))
-        return added
+        return self.images, self.config.mount
 
     # ---- images ----
 
@@ -371,9 +396,15 @@ class Engine:
         from udedup.vdi.images import Images
 
         self.images = Images()
+        opening = self._opening(self.config.image_format, self.config.secret_file)
         for name, path in self.config.images:
-            self._watch(self.images.add(path, name))
+            self._watch(self.images.add(path, name, opening))
         return self.images
+
+    def _opening(self, format_: str | None, secret: Path | None) -> "Opening":
+        from udedup.vdi.formats.probe import Opening
+
+        return Opening(format=format_, allow_backing=self.config.allow_backing, secret=secret)
 
     def _watch(self, image: "Image") -> None:
         self.hints.add_image(image.inode, image.digests, image.size)

@@ -24,6 +24,7 @@ from udedup.errors import UdedupError
 from udedup.vdi import mountpoint as mountpoints
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
+from udedup.vdi.holders import name_holders
 from udedup.vdi.images import NAME_BYTES_MAX, Image, Images
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ EXAMINE_SECONDS: Final = 1.0
 # rest of the engine.
 DISK_THREADS: Final = 16
 PREPARE_SECONDS: Final = 10.0
+RELEASE_SECONDS: Final = 1.0
 
 
 @attrs.frozen
@@ -80,7 +82,10 @@ class ImageFilesystem(pyfuse3.Operations):
             for image in self._images:
                 if image.touched:
                     image.touched = False
-                    await self._examine(image)
+                    async with self._images.examining:
+                        # It may have been taken out while others were examined.
+                        if image.inode in self._images.by_inode:
+                            await self._examine(image)
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._image(inode))
@@ -126,9 +131,16 @@ class ImageFilesystem(pyfuse3.Operations):
         image = self._image(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
-        await self._examine(image)
+        handle = Handle(image, process_of(ctx.pid))
+        # Counts from now on: while it is examined nobody may take it out of the mount.
+        image.openers[handle.pid] += 1
+        try:
+            await self._examine(image)
+        except BaseException:
+            image.closed_by(handle.pid)
+            raise
         number = next(self._numbers)
-        self.handles[number] = Handle(image, process_of(ctx.pid))
+        self.handles[number] = handle
         return pyfuse3.FileInfo(fh=number, keep_cache=True)
 
     async def flush(self, fh: int) -> None:
@@ -136,7 +148,8 @@ class ImageFilesystem(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
-        del self.handles[fh]
+        handle = self.handles.pop(fh)
+        handle.image.closed_by(handle.pid)
 
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         """The bytes asked for, fewer only at the end of the image.
@@ -297,6 +310,40 @@ async def serve(
                 await trio.sleep_forever()
             finally:
                 images.mount_device = None
+
+
+async def withdraw(images: Images, image: Image, on_removed: Callable[[], None]) -> None:
+    """Takes ``image`` out of the mount that shows ``images`` and closes it.
+
+    ``on_removed`` is called once nobody can open it any more, and before it is closed. Raises UdedupError, saying who
+    holds it, if it is open.
+    """
+    # The kernel tells of the last close when it gets round to it.
+    with trio.move_on_after(RELEASE_SECONDS):
+        while image.openers:
+            await trio.sleep(RELEASE_SECONDS / 50)
+    device = images.mount_device
+    if image.openers and device is not None:
+        holders = await trio.to_thread.run_sync(
+            name_holders, image.name, device, image.inode, list(image.openers), abandon_on_cancel=True
+        )
+        raise UdedupError(f"image {image.name}: is in use by {holders}; end that first")
+    if image.inode not in images.by_inode:
+        raise UdedupError(f"image {image.name}: is not in the mount any more")
+    images.remove(image)
+    on_removed()
+    if device is not None:
+        await trio.to_thread.run_sync(forget_name, image.name, abandon_on_cancel=True)
+    async with images.examining:
+        image.close()
+
+
+def forget_name(name: str) -> None:
+    """Has the kernel look ``name`` up again. It may have to ask the loop first, so this is for another thread."""
+    try:
+        pyfuse3.invalidate_entry(pyfuse3.ROOT_INODE, os.fsencode(name))
+    except FileNotFoundError:
+        log.debug("the kernel knew no %s", name)
 
 
 async def prepare(mountpoint: Path) -> Path:

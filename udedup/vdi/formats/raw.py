@@ -1,0 +1,77 @@
+"""Raw files and block devices: what they hold is the disk. All other formats lie in one and read it through this."""
+
+import errno
+import os
+from pathlib import Path
+
+from udedup.vdi.formats.layer import ZEROS, Extent, Layer, ends_early
+from udedup.vdi.paths import file_size
+
+
+class RawFile(Layer):
+    """A file open for reading; owns the descriptor, which may be closed with :meth:`close` only."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+        self.status = os.fstat(descriptor)
+        """As of when it was opened."""
+        self.size = file_size(descriptor, self.status)
+        self._end = self.size
+        self._nowait = True
+
+    def lookup(self, offset: int, length: int, *, wait: bool) -> Extent:
+        return Extent(self, offset, length)
+
+    def read_cached(self, view: memoryview, offset: int) -> bool:
+        """Costs one system call and never sleeps."""
+        if not self._nowait:
+            return False
+        try:
+            return os.preadv(self.descriptor, [view], offset, os.RWF_NOWAIT) == len(view)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._nowait = False
+            return False
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        done = os.preadv(self.descriptor, [view], offset)
+        while done < len(view):
+            more = os.preadv(self.descriptor, [view[done:]], offset + done)
+            if not more:
+                raise ends_early()
+            done += more
+
+    def read_some(self, offset: int, size: int, *, wait: bool) -> bytes | None:
+        """Up to ``size`` bytes, fewer at the end of the file; None if that takes the disk and ``wait`` is False."""
+        if wait:
+            return os.pread(self.descriptor, size, offset)
+        buffer = bytearray(size)
+        if self.read_cached(memoryview(buffer), offset):
+            return bytes(buffer)
+        # What is short may be the end of the file: a worker thread finds out.
+        return None
+
+    def place(self, offset: int, length: int, unit: tuple[int, int]) -> Extent:
+        """The extent of up to ``length`` bytes that a map places at ``offset``.
+
+        ``unit`` is where the allocation unit around ``offset`` starts and ends. QEMU leaves the last unit of a file
+        unwritten behind the last byte it was given: such a remainder reads as zeros. Raises OSError if the unit
+        starts beyond the end: the file was cut short, or the map can't be true.
+        """
+        start, end = unit
+        if offset < self._end:
+            return Extent(self, offset, min(length, self._end - offset))
+        if start >= self._end:
+            raise ends_early()
+        return Extent(ZEROS, 0, min(length, end - offset))
+
+    def forget(self) -> None:
+        """Looks where the file ends now. The disk keeps its size."""
+        self._end = file_size(self.descriptor, os.fstat(self.descriptor))
+
+    def close(self) -> None:
+        os.close(self.descriptor)
