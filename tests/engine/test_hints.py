@@ -359,13 +359,13 @@ def test_removed_image_takes_its_digests_along() -> None:
     stack.add_image(8, image(50), 50 * PAGE)
     ring.write(100 * PAGE, 3 * PAGE, inode=7, offset=0, nanoseconds=1 | ON_MOUNT)
     ring.write(200 * PAGE, 3 * PAGE, inode=8, offset=0, nanoseconds=1 | ON_MOUNT)
-    stack.drain(1, ring.ring, arm=False)
+    stack.drain(1, ring.ring, pages=100, arm=False)
     stack.remove_image(7)
     stack.remove_image(99)
     stack.add_image(9, image(2), 2 * PAGE)
     ring.write(300 * PAGE, 3 * PAGE, inode=7, offset=0, nanoseconds=1 | ON_MOUNT)
     ring.write(400 * PAGE, 2 * PAGE, inode=9, offset=0, nanoseconds=1 | ON_MOUNT)
-    stack.drain(1, ring.ring, arm=False)
+    stack.drain(1, ring.ring, pages=100, arm=False)
     assert known(stack) == ({200: 1, 201: 2, 202: 3, 400: 1, 401: 2}, [(100, 3), (300, 3)])
 
 
