@@ -347,7 +347,7 @@ class Agent:
             visited = max(visited, pages // VISIT_LEAST_PART)
         self._turn += visited
         # Memory that does not end would keep the scan from all others.
-        over = bool(head.wrapped) or self._turn > self._pages_most
+        over = bool(head.wrapped) or self._turn > self._resident + REPORTS_MAX
         if over:
             self._turn = 0
             self.refresh_limit()
