@@ -74,8 +74,8 @@ def measure(engine: Engine) -> Service:
         hints = []
         for i in range(SAMPLES):
             address = 2 * BASE + i * PAGE
-            second.write(address, first.memory[BASE + i * PAGE])
             time.sleep(PAUSE)
+            second.write(address, first.memory[BASE + i * PAGE])
             began = time.monotonic()
             second.hint(address, PAGE)
             wait_for(lambda address=address: address in second.placed)
