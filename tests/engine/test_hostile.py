@@ -60,6 +60,15 @@ def measure(engine: Engine) -> Service:
     """Two honest agents of our own user."""
     first = FakeAgent(engine.socket, {BASE + i * PAGE: page(1 + i) for i in range(PAGES)}).join()
     second = FakeAgent(engine.socket, {2 * BASE + i * PAGE: page(1 + i) for i in range(PAGES)}).join()
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert first.farewell is None, first.farewell
+            assert second.farewell is None, second.farewell
+            assert time.monotonic() < deadline, (first.requests[-20:], second.requests[-20:], engine.status())
+            time.sleep(0.0005)
+
     try:
         wait_for(lambda: len(first.placed) == len(second.placed) == PAGES)
         scans = []
@@ -81,19 +90,11 @@ def measure(engine: Engine) -> Service:
             wait_for(lambda address=address: address in second.placed)
             hints.append(time.monotonic() - began)
         for agent in (first, second):
-            assert agent.farewell is None
             assert all(agent.read(address) == content for address, content in agent.memory.items())
         return Service(statistics.median(hints), statistics.median(scans))
     finally:
         first.leave()
         second.leave()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "honest"])

@@ -474,7 +474,11 @@ class Agent:
         now = trio.current_time()
         if now - self._published_since > PUBLISH_SECONDS:
             self._published, self._published_since = 0, now
-        if max(self._published, self.pages_merged) + pages > self._pages_most:
+        wanted = max(self._published, self.pages_merged) + pages
+        if wanted > self._pages_most:
+            # It may have grown since its last turn.
+            self.refresh_limit()
+        if wanted > self._pages_most:
             return False
         self._published += pages
         return True

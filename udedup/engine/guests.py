@@ -11,8 +11,11 @@ import trio
 
 from udedup.engine.wire import AgentError
 
-REST_PER_WORK = 9
-"""Times what an act of a user takes, before the next act of the same user: at most a tenth of the engine's time."""
+REST_PER_WORK = 4
+"""Times what an act of a user takes, before the next act of the same user: at most a fifth of the engine's time."""
+
+WAIT_SECONDS = 1.0
+"""Who would have to wait longer is turned away: it may be gone by then."""
 
 CONNECTIONS_PART = 4
 """One part in this many of all connections is the most that one user can have."""
@@ -57,12 +60,15 @@ class Guests:
     def _most(self, uid: int) -> int:
         return self.connections_max if uid in self.own else max(1, self.connections_max // CONNECTIONS_PART)
 
-    async def turn(self, uid: int, seconds: float) -> None:
-        """Returns when a user may do something that takes ``seconds``."""
+    async def turn(self, uid: int, seconds: float) -> bool:
+        """Returns when a user may do something that takes ``seconds``; False, at once, if that would be late."""
         if uid in self.own:
-            return
+            return True
         now = trio.current_time()
         self._free_at = {other: at for other, at in self._free_at.items() if at > now}
         start = self._free_at.get(uid, now)
+        if start - now > WAIT_SECONDS:
+            return False
         self._free_at[uid] = start + seconds * (1 + REST_PER_WORK)
         await trio.sleep_until(start)
+        return True

@@ -58,11 +58,11 @@ HELLO_SECONDS = 5.0
 ACCEPT_PAUSE = 0.1
 """Pause when there are no descriptors left for a new connection, s."""
 
-JOIN_SECONDS = 0.002
+JOIN_SECONDS = 0.001
 """What it takes to let an agent join, and leave again."""
 
-REQUEST_SECONDS = 0.002
-"""What a control request takes at most for each agent, reading what the kernel says of it included."""
+REQUEST_SECONDS = 0.001
+"""What a control request takes, and a report as much again for each process, reading what the kernel says included."""
 
 WIDTH = 8
 """Agents scanned at a time when there is no rate limit."""
@@ -136,7 +136,9 @@ class Engine:
                 await Client(sock, peer, self._perform).serve(packet)
             elif packet:
                 hello = parse_hello(packet)
-                await self._guests.turn(peer.uid, JOIN_SECONDS)
+                if not await self._guests.turn(peer.uid, JOIN_SECONDS):
+                    # Without a word: agents that hear none try again later.
+                    return
                 number = self._free_number()
                 with self._domains.membership(peer.uid, hello.label, number) as domain:
                     await self._serve_agent(sock, peer, hello, number, domain)
@@ -273,7 +275,9 @@ class Engine:
     # ---- control ----
 
     async def _perform(self, request: Request, peer: Peer) -> object:
-        await self._guests.turn(peer.uid, REQUEST_SECONDS * (1 + len(self.rounds.agents)))
+        looks = sum(agent.peer.uid == peer.uid for agent in self.agents) if isinstance(request, StatusRequest) else 0
+        if not await self._guests.turn(peer.uid, REQUEST_SECONDS * (1 + looks)):
+            raise UdedupError(f"too many requests of uid {peer.uid} wait already: try again later")
         match request:
             case StatusRequest(kernel=with_kernel):
                 return await self.status(peer, with_kernel=with_kernel)
