@@ -16,6 +16,7 @@ from support.users import NOBODY, as_nobody, open_way
 from udedup.engine.privileges import KEPT, Privileges, kept
 
 pytestmark = pytest.mark.require("userfaultfd-move", "root")
+README = Path(__file__).parent.parent.parent / "README.md"
 LINUX_CAPABILITY_H = Path("/usr/include/linux/capability.h")
 
 
@@ -33,6 +34,12 @@ def mask(*, mount: bool) -> int:
 def test_numbers_are_the_kernels() -> None:
     numbers = dict(line.split()[1:3] for line in LINUX_CAPABILITY_H.read_text().splitlines() if "#define CAP_" in line)
     assert {capability.name.upper(): str(capability.number) for capability in KEPT}.items() <= numbers.items()
+
+
+def test_readme_names_what_is_kept() -> None:
+    rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if line.startswith("| CAP_")]
+    documented = {name.strip().lower(): "only with `--mount`" in purpose for name, purpose in rows}
+    assert documented == {capability.name: capability.mount_only for capability in KEPT}
 
 
 @pytest.mark.require("fuse")

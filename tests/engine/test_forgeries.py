@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import trio
 from engine.conftest import Running, Start
-from engine.fake_agent import HEADER, PAGE, FakeAgent, page
+from engine.fake_agent import HEADER, PAGE, FakeAgent
+from engine.hostile import Hoarder
 from engine.test_server import BASE, Liar, Warnings, credentials_of, memory, one_dropped, pair
 
 from udedup._native import lib
@@ -261,28 +262,11 @@ async def test_connections_that_say_nothing_are_bounded(start: Start) -> None:
         sock.close()
 
 
-class Fabricator(FakeAgent):
-    """Reports page after page, each twice, copies whatever is wanted, and says that all is merged."""
-
-    def on_scan(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
-        pages = struct.unpack_from("<I", packet, HEADER.size)[0]
-        self.cursor += pages
-        self.memory = {number * PAGE: page(number // 2) for number in range(self.cursor, self.cursor + pages)}
-        reports = b"".join(self.report(address, 0) for address in sorted(self.memory))
-        return 0, pages, 0, struct.pack("<IIII", pages, 0, 0, 0) + reports
-
-    def on_merge(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
-        results = b"".join(
-            struct.pack("<QQQQQ", (1 << pages) - 1, 0, 0, 0, 0) for _, pages, _, _ in self.runs(count, packet)
-        )
-        return 0, count, 0, results
-
-
 async def test_pages_that_nobody_has_do_not_fill_the_store(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent holds twice what the kernel says it has at most, whatever it claims."""
     monkeypatch.setattr("udedup.engine.agent.Agent._pages_most", 3000)
     engine = await start()
-    await engine.join(Fabricator(engine.path, {}))
+    await engine.join(Hoarder(engine.path, {}))
 
     await scans(engine, 8)
     status = await engine.status()
