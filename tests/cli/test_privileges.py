@@ -16,6 +16,7 @@ from support.users import NOBODY, as_nobody, open_way
 from udedup.engine.privileges import KEPT, Privileges, kept
 
 pytestmark = pytest.mark.require("userfaultfd-move", "root")
+README = Path(__file__).parent.parent.parent / "README.md"
 LINUX_CAPABILITY_H = Path("/usr/include/linux/capability.h")
 
 
@@ -33,6 +34,12 @@ def mask(*, mount: bool) -> int:
 def test_numbers_are_the_kernels() -> None:
     numbers = dict(line.split()[1:3] for line in LINUX_CAPABILITY_H.read_text().splitlines() if "#define CAP_" in line)
     assert {capability.name.upper(): str(capability.number) for capability in KEPT}.items() <= numbers.items()
+
+
+def test_readme_names_what_is_kept() -> None:
+    rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if line.startswith("| CAP_")]
+    documented = {name.strip().lower(): "only with `--mount`" in purpose for name, purpose in rows}
+    assert documented == {capability.name: capability.mount_only for capability in KEPT}
 
 
 @pytest.mark.require("fuse")
@@ -60,6 +67,36 @@ def test_images_of_others_are_added(engine_factory: Callable[..., Engine], tmp_p
     assert engine.command("mount", disk).returncode == 0
     assert engine.mount is not None
     assert (engine.mount / "disk.img").read_bytes() == disk.read_bytes()
+
+
+@pytest.mark.require("fuse")
+def test_others_are_let_in_only_if_told_so(engine_factory: Callable[..., Engine], tmp_path: Path) -> None:
+    """Into the mount, where they may read what they may read anyway, and to the socket."""
+    public, secret = tmp_path / "public", tmp_path / "secret"
+    for disk, mode in ((public, 0o644), (secret, 0o600)):
+        disk.write_bytes(os.urandom(8192))
+        disk.chmod(mode)
+    images = {"public": public, "secret": secret}
+    closed, opened = (
+        engine_factory(images=images),
+        engine_factory("--allow-other", "--socket-mode", "666", images=images),
+    )
+    for engine in (closed, opened):
+        open_way(engine.socket.parent)
+    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+
+    def reads(engine: Engine, name: str) -> bool:
+        assert engine.mount is not None
+        done = subprocess.run([*drop, "cat", str(engine.mount / name)], capture_output=True, check=False)
+        return done.stdout == images[name].read_bytes()
+
+    def status(engine: Engine) -> int:
+        asked = [*as_nobody(), *UDEDUP, "status", "--socket", str(engine.socket)]
+        return subprocess.run(asked, capture_output=True, check=False).returncode
+
+    assert [reads(closed, name) for name in images] == [False, False]
+    assert [reads(opened, name) for name in images] == [True, False]
+    assert [status(closed), status(opened)] == [1, 0]
 
 
 def test_map_limit_is_put_back(engine_factory: Callable[..., Engine]) -> None:

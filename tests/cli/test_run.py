@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.engine import UDEDUP, Engine, read_line, udedup
@@ -283,6 +284,36 @@ def test_domains_root_may_choose(engine: Engine) -> None:
     process = engine.wrap("sh", "-c", "echo $UDEDUP_DOMAIN", domain="blue", stdout=subprocess.PIPE, text=True)
     assert process.communicate(timeout=20)[0] == "blue\n"
     assert process.returncode == 0
+
+
+TWICE = """
+import mmap, sys
+content = open(sys.argv[1], "rb").read()
+twice = [mmap.mmap(-1, len(content), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+for memory in twice:
+    memory[:] = content
+sys.stdin.readline()
+sys.exit(any(memory[:] != content for memory in twice))
+"""
+
+
+@pytest.mark.require("userfaultfd-move", "root")
+def test_private_programs_share_with_themselves_only(engine: Engine, tmp_path: Path) -> None:
+    """Two programs with the same 300 pages, each of them twice: two stores with one copy each."""
+    content = tmp_path / "content"
+    content.write_bytes(os.urandom(300 * 4096))
+    options = {"domain": "private", "stdin": subprocess.PIPE}
+    programs = [engine.wrap(sys.executable, "-c", TWICE, content, **options) for _ in range(2)]
+
+    def merged(status: dict[str, Any]) -> bool:
+        return [agent["pages_sharing"] >= 600 for agent in status["agents"]] == [True, True]
+
+    status = engine.wait_until("merged", merged)
+    assert status["pages_shared"] >= 600
+    assert {agent["domain"] for agent in status["agents"]} == {"private"}
+    for program in programs:
+        program.communicate(b"\n", timeout=20)
+        assert program.returncode == 0
 
 
 @pytest.mark.require("userfaultfd-move", "root")

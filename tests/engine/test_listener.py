@@ -27,6 +27,18 @@ def test_listens_and_cleans_up(socket_path: Path) -> None:
     assert not socket_path.exists()
 
 
+@pytest.mark.parametrize(
+    ("mode", "group", "expected"), [(None, None, 0o600), (None, 12, 0o660), (0o666, None, 0o666), (0o620, 12, 0o620)]
+)
+def test_closed_to_others_unless_opened(socket_path: Path, mode: int | None, group: int | None, expected: int) -> None:
+    if group is not None and os.geteuid() != 0:
+        pytest.skip("only root can give the socket to any group")
+    with listening(socket_path, mode, group):
+        status = socket_path.stat()
+        assert stat.S_IMODE(status.st_mode) == expected
+        assert status.st_gid == (os.getegid() if group is None else group)
+
+
 def test_second_engine(socket_path: Path) -> None:
     with listening(socket_path, None):
         assert f"an engine runs on {socket_path} already" in refusal(socket_path)

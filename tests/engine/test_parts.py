@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,7 @@ from udedup.engine.accounting import LeadTimes
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import DomainRules
+from udedup.engine.guests import Guests
 from udedup.engine.wire import HEADER, SHARED_BYTES, AgentError, refusal
 from udedup.errors import UdedupError
 
@@ -112,6 +115,58 @@ def test_unmapped_users_are_known_as_such() -> None:
     if "unshare failed" in done.stderr:
         pytest.skip(f"no user namespaces: {done.stderr}")
     assert done.stdout.strip() == Path("/proc/sys/kernel/overflowuid").read_text().strip()
+
+
+async def test_time_of_users_is_shared_out(autojump_clock: trio.testing.MockClock) -> None:
+    """Each has a fifth of the engine's time, whatever others do; who would wait for long is turned away at once."""
+    guests = Guests(own=frozenset({0}), connections_max=100)
+    assert [await guests.turn(0, 1.0) for _ in range(100)] == [True] * 100
+    assert trio.current_time() == 0
+    done = {1000: 0, 1001: 0}
+    async with trio.open_nursery() as nursery:
+
+        async def act(uid: int) -> None:
+            while trio.current_time() < 9.99:
+                if await guests.turn(uid, 0.01):
+                    done[uid] += 1
+                else:
+                    await trio.sleep(0.001)
+
+        for _ in range(50):
+            nursery.start_soon(act, 1000)
+        nursery.start_soon(act, 1001)
+    assert 200 <= done[1000] <= 225
+    assert 200 <= done[1001] <= 202
+    began = trio.current_time()
+    answers = []
+    async with trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            answers.append(await guests.turn(1002, 0.1))
+
+        for _ in range(10):
+            nursery.start_soon(ask)
+    assert sorted(answers) == [False] * 7 + [True] * 3
+    assert trio.current_time() - began == 1.0
+
+
+def test_connections_of_users() -> None:
+    guests = Guests(own=frozenset({0}), connections_max=8)
+    for _ in range(2):
+        assert guests.comes(1000)
+        guests.check_room(1000)
+    assert guests.comes(1000)
+    with pytest.raises(AgentError, match="2 connections of uid 1000"):
+        guests.check_room(1000)
+    for _ in range(6):
+        assert guests.comes(0)
+        guests.check_room(0)
+    assert guests.comes(0)
+    with pytest.raises(AgentError, match="8 connections already"):
+        guests.check_room(0)
+    guests.goes(1000)
+    guests.goes(1000)
+    guests.check_room(0)
 
 
 def test_layout_of_the_shared_area() -> None:

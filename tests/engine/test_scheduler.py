@@ -62,8 +62,8 @@ class Model:
         self.merged += self.merges_per_round
         return Step(taken, 1)
 
-    async def wait_for_change(self, *, hints: bool) -> None:
-        if hints and self.hints:
+    async def wait_for_change(self, *, hints: bool, quiet_only: bool = False) -> None:
+        if hints and self.hints and not quiet_only:
             await trio.lowlevel.checkpoint()
             return
         await self.changed.wait()

@@ -361,7 +361,7 @@ class Agent:
             visited = max(visited, pages // VISIT_LEAST_PART)
         self._turn += visited
         # Memory that does not end would keep the scan from all others.
-        over = bool(head.wrapped) or self._turn > self._pages_most
+        over = bool(head.wrapped) or self._turn > self._resident + REPORTS_MAX
         if over:
             self._turn = 0
             self.refresh_limit()
@@ -496,7 +496,11 @@ class Agent:
         now = trio.current_time()
         if now - self._published_since > PUBLISH_SECONDS:
             self._published, self._published_since = 0, now
-        if max(self._published, self.pages_merged) + pages > self._pages_most:
+        wanted = max(self._published, self.pages_merged) + pages
+        if wanted > self._pages_most:
+            # It may have grown since its last turn.
+            self.refresh_limit()
+        if wanted > self._pages_most:
             return False
         self._published += pages
         return True

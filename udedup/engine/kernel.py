@@ -53,6 +53,12 @@ class KernelView:
     """Agents that are missing here: gone, or not ours to look at."""
 
     @property
+    def without_store(self) -> "KernelView":
+        """The same, but for the engine's part of the stores: it has those of all domains."""
+        engine = attrs.evolve(self.engine, pss=self.engine.pss - self.engine.store_pss, store_pss=0)
+        return attrs.evolve(self, engine=engine)
+
+    @property
     def pss(self) -> int:
         """Bytes."""
         return self.engine.pss + sum(agent.pss for agent in self.agents)

@@ -1,7 +1,7 @@
 """Makes the ``status`` answer out of counters, agents, stores and what the kernel says."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from udedup.engine.accounting import (
     PAGE,
@@ -49,15 +49,13 @@ def status(
     pages_to_scan: int,
     overwritten: int,
     agents: list[Agent],
-    visible: Iterable[Agent],
-    domains: list[Domain],
+    domains: Collection[Domain],
     images: list[ImageStatus],
     kernel: KernelView | None,
 ) -> Status:
-    """Everything.
+    """Everything about these agents and domains.
 
-    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack; ``visible``: agents the
-    asker may see.
+    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack.
     """
     shared = sum(domain.store.live_slots for domain in domains)
     used = sum(domain.store.used_slots for domain in domains)
@@ -123,6 +121,6 @@ def status(
         kernel=None
         if kernel is None
         else KernelStatus(pss_bytes=kernel.pss, saved_bytes=kernel.saved, unreadable=kernel.unreadable),
-        agents=[agent_status(agent) for agent in visible],
+        agents=[agent_status(agent) for agent in agents],
         images=images,
     )

@@ -4,6 +4,7 @@ Like ksmd, the linear scan goes through one agent's memory to its end before it 
 several agents are worked with at a time. An agent that does not answer promptly is passed over until it does.
 """
 
+import math
 import time
 from collections import Counter
 from functools import partial
@@ -25,6 +26,9 @@ DRAIN_PAGES = 1 << 15
 
 BUSY_SECONDS = 0.05
 """How long the linear scan waits when all agents are busy, s."""
+
+QUIET_SECONDS = 0.2
+"""Who gave no hints in that time is served at once when it does."""
 
 VISITS_MAX = 3
 """Batches of hinted pages that may be under way with one agent."""
@@ -52,6 +56,8 @@ class Rounds:
         self._stepped = trio.Event()
         self._visiting: Counter[int] = Counter()
         """Batches of hinted pages under way, by agent number."""
+        self._heard: dict[int, float] = {}
+        """When agents gave hints last, by agent number, s of trio's clock."""
         self._changed = trio.Event()
 
     # ---- membership ----
@@ -70,6 +76,7 @@ class Rounds:
             self._due.remove(agent)
         self._late.discard(agent.number)
         del self._visiting[agent.number]
+        self._heard.pop(agent.number, None)
         self._hints.forget_agent(agent.number)
 
     def change(self) -> None:
@@ -106,10 +113,16 @@ class Rounds:
         while not self.agents:
             await self._changed.wait()
 
-    async def wait_for_change(self, *, hints: bool) -> None:
-        """Returns once an agent joined or, if ``hints``, a ring has something."""
+    async def wait_for_change(self, *, hints: bool, quiet_only: bool = False) -> None:
+        """Returns once an agent joined or, if ``hints``, a ring has something.
+
+        With ``quiet_only`` only those of agents that gave no hints of late are looked at.
+        """
         changed = self._changed
-        if hints and self._drain(arm=True):
+        if hints and quiet_only:
+            if self._listen_to_the_quiet():
+                return
+        elif hints and self._drain(arm=True):
             # A ring whose next hint is not finished yet has nothing on the stack: don't spin on it.
             await trio.sleep(0 if len(self._hints) else HALF_WRITTEN)
             return
@@ -117,8 +130,12 @@ class Rounds:
 
     def _drain(self, *, arm: bool) -> bool:
         """Takes in the rings of all who can be given hints; whether there are hints now."""
+        return self._take_in(list(self.agents.values()), arm=arm) or len(self._hints) > 0
+
+    def _take_in(self, agents: list[Agent], *, arm: bool) -> bool:
+        """Takes in these agents' rings; whether something is left in them."""
         more = False
-        agents = [agent for agent in self.agents.values() if self._visiting[agent.number] < VISITS_MAX]
+        agents = [agent for agent in agents if self._visiting[agent.number] < VISITS_MAX]
         pages = DRAIN_PAGES // max(1, sum(agent.area.hints.waiting for agent in agents))
         for agent in agents:
             try:
@@ -132,7 +149,13 @@ class Rounds:
             if drained.armed:
                 agent.armed()
             more = more or drained.more
-        return more or len(self._hints) > 0
+        return more
+
+    def _listen_to_the_quiet(self) -> bool:
+        """Whether an agent that gave no hints of late has some now; if not, such agents ring for the next."""
+        since = trio.current_time() - QUIET_SECONDS
+        quiet = [agent for agent in self.agents.values() if self._heard.get(agent.number, -math.inf) < since]
+        return any(agent.area.hints.waiting for agent in quiet) or self._take_in(quiet, arm=True)
 
     async def visit_hints(self, pages: int) -> int:
         """Hands up to ``pages`` hinted pages to their agents, newest first; some may still be under way at the end."""
@@ -142,6 +165,7 @@ class Rounds:
             for hinted in self._hints.pop(min(pages - visited, REPORTS_MAX)):
                 visited += hinted.count
                 agent = self.agents[hinted.agent]
+                self._heard[agent.number] = trio.current_time()
                 if agent.submit(partial(self._visit, agent, hinted)) is None:
                     self._counters.hints_dropped += hinted.count
                 else:
@@ -156,8 +180,9 @@ class Rounds:
             await agent.take_hints(hinted)
         finally:
             self._visiting[agent.number] -= 1
-            self._hints.hold(agent.number, False)
-            self.change()
+            if self._visiting[agent.number] == VISITS_MAX - 1:
+                self._hints.hold(agent.number, False)
+                self.change()
 
     async def scan(self, pages: int) -> Step:
         """Up to ``pages`` pages of the linear scan, not beyond the end of the round."""

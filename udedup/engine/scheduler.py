@@ -36,7 +36,11 @@ TOGETHER_SECONDS = 0.1
 default rate is most of the work …"""
 
 QUIET_SECONDS = 0.5
-"""… and while no hints come, so many seconds'; a hint then ends the pause."""
+"""… and while no hints come, so many seconds'; a hint then ends the pause. One of somebody who gave none of late always
+does."""
+
+TOGETHER_PAGES = 4000
+"""The spurts of about so many pages are done without a look at whether hints have come."""
 
 ROUNDING = 0.01
 """Part of a spurt that a clock may be short of."""
@@ -73,8 +77,8 @@ class Workload(Protocol):
     async def scan(self, pages: int) -> Step:
         """Works on up to ``pages`` further pages of the linear scan; ends early at the end of a round."""
 
-    async def wait_for_change(self, *, hints: bool) -> None:
-        """Returns once an agent joined or, if ``hints``, there is a hint."""
+    async def wait_for_change(self, *, hints: bool, quiet_only: bool = False) -> None:
+        """Returns once an agent joined or, if ``hints``, there is a hint; ``quiet_only``: of who gave none of late."""
 
 
 class Scheduler:
@@ -106,7 +110,7 @@ class Scheduler:
         for hints_first in self._policy.spurts():
             await self._workload.wait_for_agents()
             started = trio.current_time()
-            rounds = await self._spurt(hints_first, spurts)
+            rounds = await self._spurts(hints_first, spurts)
             if self._sleep:
                 spurts = await self._sleep_on()
             else:
@@ -115,12 +119,21 @@ class Scheduler:
             if rounds:
                 self._advise()
 
-    async def _spurt(self, hints_first: bool, spurts: int) -> int:
+    async def _spurts(self, hints_first: bool, spurts: int) -> int:
         """Does the work of so many spurts; returns how many rounds of the linear scan ended."""
+        rounds = 0
+        together = max(1, TOGETHER_PAGES // self._pace.pages_to_scan)
+        self._quiet = self._quiet or hints_first
+        for done in range(0, spurts, together):
+            rounds += await self._spurt(hints_first, min(together, spurts - done))
+        return rounds
+
+    async def _spurt(self, hints_first: bool, spurts: int) -> int:
+        """Some of them."""
         left = spurts * self._pace.pages_to_scan
         if hints_first:
             hinted = await self._workload.visit_hints(left + self._room_ahead())
-            self._quiet = hinted == 0
+            self._quiet = self._quiet and hinted == 0
             self._round_visited += hinted
             left -= hinted
         left = self._settle(left)
@@ -147,14 +160,12 @@ class Scheduler:
 
     async def _sleep_on(self) -> int:
         """Sleeps between spurts; returns how many spurts are due then: several, while there are no hints."""
-        most = max(1, int(TOGETHER_SECONDS / self._sleep + ROUNDING))
-        if not self._quiet and self._policy.hint_runs:
-            await trio.sleep(most * self._sleep)
-            return most
-        most = max(1, int(QUIET_SECONDS / self._sleep + ROUNDING))
+        takes_hints = self._policy.hint_runs > 0
+        quiet = self._quiet or not takes_hints
+        most = max(1, int((QUIET_SECONDS if quiet else TOGETHER_SECONDS) / self._sleep + ROUNDING))
         started = trio.current_time()
         with trio.move_on_after(most * self._sleep):
-            await self._workload.wait_for_change(hints=self._policy.hint_runs > 0)
+            await self._workload.wait_for_change(hints=takes_hints, quiet_only=not quiet)
         slept = trio.current_time() - started
         await trio.sleep(max(0.0, self._sleep - slept))
         return min(most, max(1, int(slept / self._sleep + ROUNDING)))

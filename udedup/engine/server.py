@@ -35,6 +35,7 @@ from udedup.engine.clients import (
 )
 from udedup.engine.config import EngineConfig, Ready
 from udedup.engine.domain import Domain, DomainRules, Domains, unmapped_uid
+from udedup.engine.guests import Guests
 from udedup.engine.hints import HintStack
 from udedup.engine.link import Link, LinkClosedError, Peer, peer_of, send
 from udedup.engine.listener import listening
@@ -70,6 +71,12 @@ HELLO_SECONDS = 5.0
 ACCEPT_PAUSE = 0.1
 """Pause when there are no descriptors left for a new connection, s."""
 
+JOIN_SECONDS = 0.001
+"""What it takes to let an agent join, and leave again."""
+
+REQUEST_SECONDS = 0.001
+"""What a control request takes, and a report as much again for each process, reading what the kernel says included."""
+
 WIDTH = 8
 """Agents scanned at a time when there is no rate limit."""
 
@@ -96,8 +103,8 @@ class Engine:
         self._domains = Domains(self._rules, self._numbers)
         self._vma_limit = maplimit.vma_limit()
         self._last_number = 0
-        self._connections = 0
         self._met_other_version = False
+        self._guests = Guests(frozenset({0, os.geteuid()}), config.agents_max)
 
     @property
     def agents(self) -> list[Agent]:
@@ -129,18 +136,22 @@ class Engine:
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection, from its first message to its end."""
-        self._connections += 1
         peer = peer_of(sock)
         try:
+            if not self._guests.comes(peer.uid):
+                return
             packet = b""
             with trio.move_on_after(HELLO_SECONDS):
                 packet = await clients.receive_packet(sock, PACKET_MAX)
             # Not earlier: who is refused before it said hello can't read why.
-            self._check_room()
+            self._guests.check_room(peer.uid)
             if packet.startswith(b"{"):
                 await Client(sock, peer, self._perform).serve(packet)
             elif packet:
                 hello = parse_hello(packet)
+                if not await self._guests.turn(peer.uid, JOIN_SECONDS):
+                    # Without a word: agents that hear none try again later.
+                    return
                 number = self._free_number()
                 with self._domains.membership(peer.uid, hello.label, number) as domain:
                     await self._serve_agent(sock, peer, hello, number, domain)
@@ -160,13 +171,9 @@ class Engine:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 self.shortage.bear(error, f"pid {peer.pid} has to wait")
         finally:
-            self._connections -= 1
+            self._guests.goes(peer.uid)
             if sock.fileno() >= 0:
                 sock.close()
-
-    def _check_room(self) -> None:
-        if self._connections > self.config.agents_max:
-            raise AgentError(f"there are {self.config.agents_max} connections already")
 
     def _refuse(self, sock: socket.socket, reason: str) -> None:
         try:
@@ -288,6 +295,9 @@ class Engine:
     # ---- control ----
 
     async def _perform(self, request: Request, peer: Peer) -> object:
+        looks = sum(agent.peer.uid == peer.uid for agent in self.agents) if isinstance(request, StatusRequest) else 0
+        if not await self._guests.turn(peer.uid, REQUEST_SECONDS * (1 + looks)):
+            raise UdedupError(f"too many requests of uid {peer.uid} wait already: try again later")
         match request:
             case StatusRequest(kernel=with_kernel):
                 return await self.status(peer, with_kernel=with_kernel)
@@ -310,23 +320,27 @@ class Engine:
                 return True
 
     async def status(self, peer: Peer, *, with_kernel: bool) -> Status:
-        """The report; agents of other users are listed for root and the engine's user only."""
+        """The report: of everything for root and the engine's user, for others of their own processes and domains.
+
+        What it says of work done is over all domains, so others get zeros there.
+        """
+        everything = peer.uid in (0, os.geteuid())
+        agents = [agent for agent in self.agents if everything or agent.peer.uid == peer.uid]
         view = None
         if with_kernel:
-            pids = {agent.peer.pid for agent in self.agents}
+            pids = {agent.peer.pid for agent in agents}
             view = await trio.to_thread.run_sync(kernel.look, pids, abandon_on_cancel=True)
-        agents = self.agents
+            view = view if everything else view.without_store
         return report.status(
             config=self.config,
-            counters=self.counters,
+            counters=self.counters if everything else Counters(),
             pages_to_scan=self.pace.pages_to_scan,
-            overwritten=self.hints.overwritten,
+            overwritten=self.hints.overwritten if everything else 0,
             agents=agents,
-            visible=[agent for agent in agents if peer.uid in (0, os.geteuid(), agent.peer.uid)],
-            domains=self.domains,
+            domains=self.domains if everything else {agent.domain for agent in agents},
             images=[
                 ImageStatus(name=image.name, path=str(image.path), format=image.format, size=image.size)
-                for image in self.images or ()
+                for image in (self.images or () if everything else ())
             ],
             kernel=view,
         )
