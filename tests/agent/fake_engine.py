@@ -61,10 +61,10 @@ class FakeEngine:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         self.link.sendmsg([packet], rights)
 
-    def header(self, kind: int, count: int = 0) -> bytes:
+    def header(self, kind: int, count: int = 0, value: int = 0) -> bytes:
         """The next request's."""
         self._sequence += 1
-        return HEADER.pack(lib.UDD_MAGIC, kind, count, self._sequence, 0, 0)
+        return HEADER.pack(lib.UDD_MAGIC, kind, count, self._sequence, 0, value)
 
     def answer(self) -> tuple[int, int, int, bytes]:
         """(status, count, value, body) of the answer to the last request."""
@@ -106,6 +106,20 @@ class FakeEngine:
         finally:
             os.close(given)
             os.close(store)
+
+    def offer(self, number: int, descriptor: int, slots: int = SLOTS) -> tuple[int, int]:
+        """Offers what is there already as a segment; returns the agent's status and value."""
+        status, _, value, _ = self.request(lib.UDD_SEGMENT, struct.pack("<II", number, slots), descriptors=[descriptor])
+        return status, value
+
+    def handover(self, cursor: int = 0) -> tuple[int, int, list[int]]:
+        """Asks for the next segment of an earlier engine: the next cursor (0: there is none), inode, descriptors."""
+        self.send(self.header(lib.UDD_HANDOVER) + struct.pack("<Q", cursor))
+        packet, descriptors, _, _ = socket.recv_fds(self.link, 65536, 4)
+        _, kind, count, sequence, status, value = HEADER.unpack_from(packet)
+        assert (kind, sequence, status) == (lib.UDD_DONE, self._sequence, 0)
+        _, inode = struct.unpack_from("<QQ", packet, HEADER.size)
+        return value if count else 0, inode, descriptors
 
     def merge(self, address: int, pages: int, segment: int = 1, slot: int = 0) -> tuple[int, int, int, int, int]:
         """Asks for one run to be merged; returns the masks merged, mismatch, busy, gone, no_vma."""

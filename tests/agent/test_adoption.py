@@ -13,6 +13,7 @@ import pytest
 from agent.conftest import LIBRARY, Wrapper
 from agent.fake_engine import HEADER, FakeEngine
 from agent.puppet import Puppet
+from support.cgroup import memory_limited
 from support.engine import Engine, start_engine
 from support.ledger import Ledger
 
@@ -97,6 +98,23 @@ def test_three_engines_in_a_row(tmp_path: Path, ledger: Ledger, puppet: Start) -
     engine.wait_until("empty", lambda status: status["pages_shared"] == 0)
     assert engine.stop() == 0
     assert "keeps a segment" not in engine.log.read_text()
+
+
+@pytest.mark.require("memory-groups")
+def test_engine_that_is_killed_for_its_memory(tmp_path: Path, ledger: Ledger, puppet: Start) -> None:
+    """What it had stored until then is the next one's."""
+    engine = start_engine(tmp_path, ledger, *OPTIONS, mount=False)
+    with memory_limited(engine.pid, 16 << 20):
+        puppets = [puppet(engine, PAGES="20000"), puppet(engine, PAGES="20000")]
+        assert engine.process.wait(60) == -signal.SIGKILL
+    assert all(each.is_right() for each in puppets)
+    engine = start_engine(tmp_path, ledger, *OPTIONS, mount=False)
+    after = sharing(engine, 20_000, 40_000)
+    assert after["store"]["adopted"] >= 1
+    for each in puppets:
+        assert each.is_right()
+        each.end()
+    engine.stop()
 
 
 def test_fork_child_of_a_process_whose_engine_is_gone(tmp_path: Path, ledger: Ledger, puppet: Start) -> None:

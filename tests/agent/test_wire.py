@@ -1,5 +1,7 @@
 """A real agent and an engine that lies, talks nonsense or goes away: memory stays right whatever it says."""
 
+import fcntl
+import os
 import struct
 import subprocess
 import tempfile
@@ -12,7 +14,7 @@ from agent.fake_engine import HEADER, PAGE, SEALS, SLOTS, FakeEngine
 from agent.puppet import PAGES, Puppet
 from support.ledger import Ledger
 
-from udedup._native import lib
+from udedup._native import ffi, lib
 
 PROGRAM = Path(__file__).parent / "programs" / "puppet.c"
 SALT = 77
@@ -198,6 +200,117 @@ def test_nonsense_ends_the_connection(fake: FakeEngine, puppet: Puppet, packet: 
     hello = fake.accept()
     assert struct.unpack_from("<II", hello, HEADER.size)[1] & lib.UDD_HELLO_REJOIN
     assert fake.scan()
+
+
+# ---- segments of an earlier engine ----
+
+
+def runs_of(fake: FakeEngine) -> list[tuple[int, ...]]:
+    """Address, pages, segment, slot of the runs that the agent counts for this engine, neighbours joined."""
+    _, count, _, body = fake.request(lib.UDD_RUNS, struct.pack("<Q", 0))
+    runs: list[tuple[int, ...]] = []
+    for i in range(count):
+        address, pages, segment, slot = struct.unpack_from("<QIII", body, 24 * i)
+        if runs and (address, segment, slot) == (
+            runs[-1][0] + runs[-1][1] * PAGE,
+            runs[-1][2],
+            runs[-1][3] + runs[-1][1],
+        ):
+            address, pages, slot = runs[-1][0], runs[-1][1] + pages, runs.pop()[3]
+        runs.append((address, pages, segment, slot))
+    return runs
+
+
+@pytest.fixture
+def heir(fake: FakeEngine, puppet: Puppet) -> FakeEngine:
+    """The next engine; half of the puppet's pages are merged with a segment of the one before."""
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.merge(puppet.address, PAGES // 2)[0] == ALL >> PAGES // 2
+    fake.hang_up()
+    fake.accept(engine_id=(33, 44))
+    fake.scan()
+    return fake
+
+
+def test_segment_is_handed_over(heir: FakeEngine, puppet: Puppet) -> None:
+    assert runs_of(heir) == []
+    cursor, inode, (descriptor,) = heir.handover()
+    assert os.fstat(descriptor).st_ino == inode
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    assert os.pread(descriptor, len(CONTENT), 0) == CONTENT
+    assert heir.handover(cursor)[0] == 0
+    assert heir.offer(5, descriptor) == (0, 1)
+    assert runs_of(heir) == [(puppet.address, PAGES // 2, 5, 0)]
+    assert heir.handover()[0] == 0
+    assert heir.merge(puppet.address + PAGES // 2 * PAGE, PAGES // 2, 5, PAGES // 2)[0] == ALL >> PAGES // 2
+    assert runs_of(heir) == [(puppet.address, PAGES, 5, 0)]
+    assert heir.offer(5, descriptor) == (0, 0)  # once more changes nothing
+    assert heir.request(lib.UDD_SEGMENT_DROP, struct.pack("<II", 5, 0))[0] == -16
+    assert puppet.is_right()
+    assert heir.request(lib.UDD_UNMERGE)[2] == PAGES
+    assert heir.request(lib.UDD_SEGMENT_DROP, struct.pack("<II", 5, 0))[0] == 0
+    os.close(descriptor)
+
+
+def test_drops_are_told_of_what_was_counted(heir: FakeEngine, puppet: Puppet) -> None:
+    """Of runs in a segment that was taken over not before they were reported."""
+    drops = ffi.cast("struct udd_drop_ring *", ffi.cast("char *", ffi.from_buffer(heir.area)) + lib.UDD_SHARED_DROPS)
+    puppet.write(1)
+    _, _, (descriptor,) = heir.handover()
+    assert heir.offer(5, descriptor) == (0, 1)
+    os.close(descriptor)
+    puppet.write(2)
+    heir.send(heir.header(lib.UDD_RUNS, value=1) + struct.pack("<Q", 0))
+    _, count, head, body = heir.answer()
+    assert (count, head) == (2, drops.head) == (2, 0)
+    last = struct.unpack_from("<QI", body, 24 * (count - 1))
+    heir.send(heir.header(lib.UDD_RUNS, value=1) + struct.pack("<Q", last[0] + last[1] * PAGE))
+    assert heir.answer()[1] == 0
+    puppet.write(20)
+    heir.scan()
+    assert drops.head == 1
+    record = drops.slots[0]
+    assert (record.segment, record.slot, record.pages) == (5, 20, 1)
+
+
+def test_other_memory_in_the_place_of_a_segment(heir: FakeEngine, puppet: Puppet) -> None:
+    """An engine that gives the number of an old segment to something else, or another length, changes no page."""
+    cursor, _, (descriptor,) = heir.handover()
+    assert cursor
+    for slots in (1, SLOTS - 1):
+        assert heir.offer(5, descriptor, slots)[0] < 0
+    assert heir.segment(5, bytes(SLOTS * PAGE)) == 0
+    assert heir.offer(5, descriptor)[0] < 0
+    assert runs_of(heir) == []
+    rest = puppet.address + PAGES // 2 * PAGE
+    assert heir.merge(rest, PAGES // 2, 5, PAGES // 2)[1] == ALL >> PAGES // 2
+    assert puppet.is_right()
+    assert heir.offer(6, descriptor) == (0, 1)
+    assert heir.merge(rest, PAGES // 2, 6, PAGES // 2)[0] == ALL >> PAGES // 2
+    os.close(descriptor)
+    puppet.write(2)
+    assert puppet.is_right()
+
+
+@pytest.mark.parametrize("cursor", [1, 4095, 4096, 2**32, 2**32 + 1, 2**63, 2**64 - 1])
+def test_cursor_beyond_its_segments(heir: FakeEngine, cursor: int) -> None:
+    assert heir.handover(cursor)[0] == 0
+    assert heir.handover()[0] == 1
+
+
+def test_segment_that_nobody_takes_over(heir: FakeEngine, puppet: Puppet) -> None:
+    """Its pages stay merged; the last that is given back takes the descriptor and the mapping along."""
+    (descriptor,) = heir.handover()[2]
+    os.close(descriptor)
+    maps = Path(f"/proc/{puppet.process.pid}/maps")
+    assert puppet.merged() == PAGES // 2
+    for number in range(PAGES // 2):
+        assert "udedup-store" in maps.read_text()
+        puppet.write(number)
+    assert puppet.is_right()
+    assert heir.request(lib.UDD_UNMERGE)[0] == 0
+    assert heir.handover()[0] == 0
+    assert "r--s" not in [line.split()[1] for line in maps.read_text().splitlines() if "udedup-store" in line]
 
 
 def test_engine_that_is_gone_before_the_answer(fake: FakeEngine, puppet: Puppet) -> None:

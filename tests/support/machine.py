@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from support.cgroup import memory_controller
+
 _UFFDIO_API = 0xC018AA3F
 _UFFD_FEATURE_MOVE = 1 << 16
 _SYS_USERFAULTFD = 323
@@ -54,10 +56,18 @@ def _huge_pages() -> str | None:
     return f"{enabled} says never" if "[never]" in enabled.read_text() else None
 
 
+def _memory_groups() -> str | None:
+    controller = memory_controller()
+    if controller is None:
+        return "no memory controller in /sys/fs/cgroup"
+    return None if os.access(controller.folder, os.W_OK) else f"{controller.folder} is not writable"
+
+
 _PROBES: dict[str, Callable[[], str | None]] = {
     "userfaultfd-move": _userfaultfd_move,
     "huge-pages": _huge_pages,
     "fuse": _fuse,
+    "memory-groups": _memory_groups,
     "root": _root,
     "kvm": _kvm,
     "qemu": _program("qemu-system-x86_64"),

@@ -129,9 +129,8 @@ class Handover:
         self.unfinished = False
         """Whether to ask again."""
 
-    async def collect(self) -> list[Segment]:
-        """Asks for all segments of earlier engines; returns those that are ours now. Raises AgentError."""
-        segments: list[Segment] = []
+    async def collect(self, ret: list[Segment]) -> None:
+        """Asks for all segments of earlier engines and adds those that are ours now, pinned. Raises AgentError."""
         waits: set[str] = set()
         cursor = 0
         for _ in range(HANDOVERS_MAX):
@@ -142,7 +141,9 @@ class Handover:
                 if answer.count != 1 or len(answer.packet) != HANDOVER_BYTES or answer.value <= cursor:
                     raise AgentError(f"it hands {answer.count} segments over in {len(answer.packet)} bytes")
                 cursor = answer.value
-                segments.append(await self._resolve(answer))
+                segment = await self._resolve(answer)
+                segment.pins += 1
+                ret.append(segment)
             except NotProvenError as refusal:
                 if refusal.again:
                     waits.add(str(refusal))
@@ -155,7 +156,6 @@ class Handover:
         if not self.unfinished:
             for reason in waits:
                 self._tell(reason)
-        return segments
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:

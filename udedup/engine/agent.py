@@ -651,10 +651,9 @@ class Agent:
 
     async def take_over(self) -> None:
         """Takes over what it can of its runs in segments of earlier engines, and counts all its runs."""
-        segments = await self._handover.collect()
-        for segment in segments:
-            segment.pins += 1
+        segments: list[Segment] = []
         try:
+            await self._handover.collect(segments)
             for segment in segments:
                 await self._send_segment(segment)
             if self._uncounted:
