@@ -61,6 +61,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "kvm": _kvm,
     "qemu": _program("qemu-system-x86_64"),
+    "qemu-utils": _program("qemu-nbd"),
     "gcc": _program("gcc"),
     "redis": _program("redis-server"),
     "sqlite3": _program("sqlite3"),
