@@ -282,6 +282,8 @@ class Qcow2(Layer):
             tables -= 1
             if not tables:
                 break
+        # Of hundreds of images most are hardly read: the tables seen here are not worth keeping.
+        self._tables.forget()
         return False
 
     def _find_clusters(self, entries: "array[int]", offset: int, length: int, *, wait: bool) -> Extent | None:
