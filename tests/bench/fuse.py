@@ -109,7 +109,8 @@ async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str
                 await trio.to_thread.run_sync(source.read_bytes)
                 await trio.to_thread.run_sync(images.add, source, f"{what}-{number}")
             for load in LOADS:
-                for what in ("file", *sources):
+                # In another order each time: a machine's speed drifts.
+                for what in random.Random(f"{load.name} {number}").sample(["file", *sources], len(sources) + 1):
                     file = sources["mount"] if what == "file" else mountpoint / f"{what}-{number}"
                     job = partial(measure, load, file, size, seconds, bare=what == "file")
                     figures[load.name, what].append(await trio.to_thread.run_sync(job))

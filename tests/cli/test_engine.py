@@ -263,7 +263,7 @@ def test_images_are_taken_out(engine_factory: Callable[..., Engine], disk: Path)
     assert_refused(engine.command("umount", "one"), "not in the mount")
 
 
-@pytest.mark.require("fuse")
+@pytest.mark.require("fuse", "qemu-utils")
 def test_qcow2_with_a_backing_file_elsewhere(engine_factory: Callable[..., Engine], disk: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tops"
     folder.mkdir()
@@ -280,7 +280,7 @@ def test_qcow2_with_a_backing_file_elsewhere(engine_factory: Callable[..., Engin
     assert {image["format"] for image in engine.status()["images"]} == {"qcow2"}
 
 
-@pytest.mark.require("fuse")
+@pytest.mark.require("fuse", "qemu-utils")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_helpers_end_with_the_engine(
     engine_factory: Callable[..., Engine], disk: Path, tmp_path: Path, number: signal.Signals

@@ -14,7 +14,7 @@ from engine.fake_agent import PAGE, FakeAgent, page
 from udedup._native import lib
 from udedup.errors import UdedupError
 
-pytestmark = pytest.mark.require("fuse")
+pytestmark = pytest.mark.require("fuse", "qemu-utils")
 
 FIRST, SECOND = 0x10000000, 0x20000000
 

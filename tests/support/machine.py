@@ -71,6 +71,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "kvm": _kvm,
     "qemu": _program("qemu-system-x86_64"),
+    "qemu-utils": _program("qemu-nbd"),
     "gcc": _program("gcc"),
     "spin": _program("spin"),
     "redis": _program("redis-server"),

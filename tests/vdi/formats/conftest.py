@@ -61,6 +61,11 @@ def check(image: Image, data: bytes, seed: int = 1) -> None:
     assert image.read(0, len(data)) == data
 
 
+@pytest.fixture(autouse=True)
+def _qemu(require: Callable[..., None]) -> None:
+    require("qemu-utils")
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Callable[..., Path]:
     """``disk(name, kind, size, seed, …)`` makes an image with things in it; more words are qemu-img's."""

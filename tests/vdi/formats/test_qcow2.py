@@ -7,6 +7,7 @@ import pytest
 
 from udedup.vdi.formats.probe import Opening
 from udedup.vdi.formats.raw import RawFile
+from udedup.vdi.images import Images
 
 from .conftest import KIB, MIB, check, expected, opened, qemu_img, qemu_io, scribble
 
@@ -105,6 +106,23 @@ def test_sparse_16_tib_stays_small(tmp_path: Path) -> None:
         assert image.read(place + 64 * KIB, 4 * KIB) == bytes(4 * KIB)
     assert image.read(size - 4 * KIB, 4 * KIB) == bytes(4 * KIB)
     assert len(image._layer._tables) <= 256  # type: ignore[attr-defined]
+
+
+def test_many_sparse_images_stay_small(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-f", "qcow2", path, 16 << 40)
+    images = Images()
+    images.add(path, "first")
+    before = resident_bytes()
+    for number in range(200):
+        images.add(path, f"{number}.raw")
+    assert resident_bytes() - before < 200 * 64 * KIB
+    images.close()
+
+
+def resident_bytes() -> int:
+    """Memory this process has right now."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4 * KIB
 
 
 def test_change_drops_the_map(disk: Disk) -> None:

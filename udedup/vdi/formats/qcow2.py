@@ -176,8 +176,10 @@ class Qcow2(Layer):
         self._bits = header.cluster_bits
         self._cluster = 1 << header.cluster_bits
         self._mask = self._cluster - 1
-        self._odd = ~OFFSET_MASK | self._mask
-        """Bits that an entry has only if it is no plain offset, or a wrong one."""
+        self._offset_bits = OFFSET_MASK & ~self._mask
+        """Bits of an entry that tell where a cluster is."""
+        self._odd = FLAG_COPIED - 1 & ~self._offset_bits
+        """Bits that an entry has only if that is not all there is to it, or is wrong."""
         self._words = 2 if header.extended else 1
         """Numbers an entry of the second level has."""
         self._entries = self._cluster // (8 * self._words)
@@ -186,6 +188,7 @@ class Qcow2(Layer):
         """Bytes of disk that one second-level table stands for."""
         self._span_entries = min(self._entries, PAGE_BYTES // (8 * self._words))
         """Entries of a span: what of one second-level table is in one page of it."""
+        self._last_entry = self._span_entries - 1
         self._span_bits = self._bits + self._span_entries.bit_length() - 1
         self._spans: dict[int, array[int]] = {}
         """Entries by number of the span, as far as they have been needed; emptied when it is full."""
@@ -215,9 +218,9 @@ class Qcow2(Layer):
         entries = self._spans.get(offset >> self._span_bits)
         within = offset & self._mask
         if entries and self._plain and within + len(view) <= self._cluster:
-            entry = entries[(offset >> self._bits) & self._span_entries - 1]
-            host = entry & ~FLAG_COPIED
-            if host and not host & self._odd:
+            entry = entries[(offset >> self._bits) & self._last_entry]
+            host = entry & self._offset_bits
+            if host and not entry & self._odd:
                 # False behind the end of the file, too: the long way finds out what to make of that.
                 return self._data.read_cached(view, host + within)
         return super().read_cached(view, offset)
@@ -279,6 +282,8 @@ class Qcow2(Layer):
             tables -= 1
             if not tables:
                 break
+        # Of hundreds of images most are hardly read: the tables seen here are not worth keeping.
+        self._tables.forget()
         return False
 
     def _find_clusters(self, entries: "array[int]", offset: int, length: int, *, wait: bool) -> Extent | None:
