@@ -296,7 +296,8 @@ class Agent:
                 try:
                     await job.redeem()
                 except OSError as error:
-                    self._shortage.bear(error, f"work with {self} is put off")
+                    if not self._shortage.explains(error, f"work with {self} is put off"):
+                        raise
                     self._uncounted = True
                 self._working = False
         finally:
@@ -489,7 +490,8 @@ class Agent:
                     "publishing pages",
                 )
             except OSError as error:
-                self._shortage.bear(error, "the store can't grow, pages not shared yet stay private")
+                if not self._shortage.explains(error, "the store can't grow, pages not shared yet stay private"):
+                    raise
                 break
         self._counters.copies_invalid += counts.invalid
         self._counters.copies_mismatch += counts.mismatch
@@ -699,6 +701,8 @@ def agents_cpu_seconds(agents: Iterable[Agent], counters: Counters) -> float:
 
 
 def _items(packet: bytes, kind: str, offset: int) -> CData:
-    """A pointer into a received packet, which must outlive it: cffi keeps it alive with the pointer's buffer."""
-    items: CData = ffi.from_buffer(kind, memoryview(packet)[offset:])
+    """What a received packet has from ``offset`` on. Kept alive by the pointer's buffer."""
+    # A copy: a memoryview in a cycle of garbage would be taken apart before the buffer that relies on it, and that is
+    # the end of the process.
+    items: CData = ffi.from_buffer(kind, packet[offset:])
     return items
