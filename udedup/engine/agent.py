@@ -208,7 +208,8 @@ class Agent:
         self._offered: list[Targets] = []
         """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
         self._working = False
-        self._arms = 0
+        # One that comes back may still have a ring to pass on that the engine before had asked for.
+        self._arms = int(bool(hello.flags & lib.UDD_HELLO_REJOIN))
         self._jobs, self._todo = trio.open_memory_channel[Job](QUEUE_JOBS)
         self.refresh_limit()
 
