@@ -4,7 +4,8 @@
 // One SOCK_SEQPACKET connection per agent carries packed structs; one memfd per agent (the *shared area*)
 // carries what must not cost a system call: place hints, dropped references, counters, and page contents on
 // their way into the store. The engine asks, the agent answers; at most one request is under way per agent.
-// The agent also sends UDD_DOORBELL on its own when a ring has something and the engine asked to be told.
+// The agent also sends UDD_DOORBELL on its own when a ring has something and the engine asked to be told; one that comes back
+// from another engine perhaps once for that one.
 //
 // Nothing here is trusted by either side: the engine checks every count, address and index it reads (and drops
 // an agent that lies), the agent compares bytes before it replaces a page. Control clients (`udedup status` …)

@@ -1,5 +1,6 @@
 """Small parts: configuration, domains, lead times, what the kernel says, the control client without an engine."""
 
+import gc
 import json
 import math
 import mmap
@@ -21,10 +22,11 @@ from udedup._native import ffi, lib
 from udedup.engine import control, kernel, maplimit
 from udedup.engine.accounting import LeadTimes
 from udedup.engine.advisor import ScanTimeTarget
+from udedup.engine.agent import _items
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import DomainRules
 from udedup.engine.guests import Guests
-from udedup.engine.wire import HEADER, SHARED_BYTES, AgentError, refusal
+from udedup.engine.wire import HEADER, REPORT_BYTES, REPORTS_BYTES, SHARED_BYTES, AgentError, refusal
 from udedup.errors import UdedupError
 
 PAGE = 4096
@@ -349,3 +351,11 @@ def test_the_client_starts_fast() -> None:
 
     code = "import sys, udedup.engine.control; print(*sorted({'trio', 'msgspec', 'attr', 'cffi'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_what_was_received_may_become_garbage_in_a_cycle() -> None:
+    """As it does when an agent leaves in the middle of a request: a memoryview of it would end the engine."""
+    garbage: list[object] = []
+    garbage += [_items(bytes(REPORTS_BYTES + REPORT_BYTES), "struct udd_report *", REPORTS_BYTES), garbage]
+    del garbage
+    assert gc.collect() > 0

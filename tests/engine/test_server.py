@@ -873,6 +873,19 @@ async def test_list_of_runs_that_does_not_end(start: Start, warnings: Warnings) 
     assert "does not end" in warnings()[0]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+async def test_ring_that_the_engine_before_had_asked_for(start: Start, warnings: Warnings, times: int) -> None:
+    """One is passed on to the next engine; two can't be."""
+    engine = await start(policy="linear")
+    agent = await engine.join(FakeAgent(engine.path, {}, flags=lib.UDD_HELLO_REJOIN))
+    for _ in range(times):
+        agent.sock.send(HEADER.pack(lib.UDD_MAGIC, lib.UDD_DOORBELL, 0, 0, 0, 0))
+    await engine.until(lambda: lib.UDD_HANDOVER in agent.requests, "joined")
+    await trio.sleep(0.1)
+    assert [line for line in warnings() if "rings without being asked" in line] == warnings()
+    assert len(warnings()) == times - 1
+
+
 class Silent(Liar):
     kind = lib.UDD_SCAN
 

@@ -222,7 +222,8 @@ class Agent:
         self._offered: list[Targets] = []
         """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
         self._working = False
-        self._arms = 0
+        # One that comes back may still have a ring to pass on that the engine before had asked for.
+        self._arms = int(bool(hello.flags & lib.UDD_HELLO_REJOIN))
         self._jobs, self._todo = trio.open_memory_channel[Job](QUEUE_JOBS)
         self.refresh_limit()
 
@@ -316,7 +317,8 @@ class Agent:
                 try:
                     await job.redeem()
                 except OSError as error:
-                    self._shortage.bear(error, f"work with {self} is put off")
+                    if not self._shortage.explains(error, f"work with {self} is put off"):
+                        raise
                     self._uncounted = True
                 self._working = False
         finally:
@@ -540,7 +542,8 @@ class Agent:
                     "publishing pages",
                 )
             except OSError as error:
-                self._shortage.bear(error, "the store can't grow, pages not shared yet stay private")
+                if not self._shortage.explains(error, "the store can't grow, pages not shared yet stay private"):
+                    raise
                 break
         self._counters.copies_invalid += counts.invalid
         self._counters.copies_mismatch += counts.mismatch
@@ -749,6 +752,8 @@ def agents_cpu_seconds(agents: Iterable[Agent], counters: Counters) -> float:
 
 
 def _items(packet: bytes, kind: str, offset: int) -> CData:
-    """A pointer into a received packet, which must outlive it: cffi keeps it alive with the pointer's buffer."""
-    items: CData = ffi.from_buffer(kind, memoryview(packet)[offset:])
+    """What a received packet has from ``offset`` on. Kept alive by the pointer's buffer."""
+    # A copy: a memoryview in a cycle of garbage would be taken apart before the buffer that relies on it, and that is
+    # the end of the process.
+    items: CData = ffi.from_buffer(kind, packet[offset:])
     return items

@@ -63,7 +63,8 @@ class Retirement:
             try:
                 domain.store.continue_retirement(segment, domain.index)
             except OSError as error:
-                self._household.shortage.bear(error, "moving pages out of a sparse segment has to wait")
+                if not self._household.shortage.explains(error, "moving pages out of a sparse segment has to wait"):
+                    raise
             for agent in agents:
                 # Asked again at every look: what was busy the last time may not be now.
                 if agent.segment_pages(segment.number):

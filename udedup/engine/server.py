@@ -128,7 +128,8 @@ class Engine:
                     await trio.lowlevel.wait_readable(listener)
                     continue
                 except OSError as error:
-                    self.shortage.bear(error, "a connection has to wait")
+                    if not self.shortage.explains(error, "a connection has to wait"):
+                        raise
                     await trio.sleep(ACCEPT_PAUSE)
                     continue
                 sock.setblocking(False)
@@ -168,8 +169,9 @@ class Engine:
             log.debug("pid %d was gone before it was welcomed", peer.pid)
         except OSError as error:
             # An agent that is not welcomed comes back later.
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                self.shortage.bear(error, f"pid {peer.pid} has to wait")
+            gone = error.errno in (errno.EPIPE, errno.ECONNRESET)
+            if not gone and not self.shortage.explains(error, f"pid {peer.pid} has to wait"):
+                raise
         finally:
             self._guests.goes(peer.uid)
             if sock.fileno() >= 0:

@@ -24,11 +24,12 @@ class Shortage:
     def __init__(self) -> None:
         self._next_line = 0.0
 
-    def bear(self, error: OSError, what: str) -> None:
-        """Says that ``what`` is given up. Raises ``error`` if it is something else."""
+    def explains(self, error: OSError, what: str) -> bool:
+        """Whether ``error`` is one; then the log says that ``what`` is given up."""
         if error.errno not in ERRORS:
-            raise error
+            return False
         now = trio.current_time()
         if now >= self._next_line:
             self._next_line = now + QUIET_SECONDS
             log.warning("%s (%s): more such lines only in a minute", what, error.strerror)
+        return True
