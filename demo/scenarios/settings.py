@@ -51,8 +51,8 @@ class Settings:
     hint_slots: int | None = None
     """Size of the hint stack, None: the engine's default."""
 
-    memory_mib: int = 256
-    """RAM of a guest."""
+    memory_mib: int = 512
+    """RAM of a guest; as in the paper."""
 
     guests: int | None = None
     """How many, None: as many as the scenario has of its own."""
