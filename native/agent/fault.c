@@ -267,8 +267,9 @@ static int serve_write(uint64_t page, bool exclusive)
 			dissolve = may_dissolve_lone(now);
 		}
 		if (dissolve && !udd_dissolve(span, UDD_DROP_BREAK)) {
-			udd_uffd_wake(span);
+			// First counted: the writer may look.
 			count_break(span);
+			udd_uffd_wake(span);
 			return SERVED;
 		}
 	}
