@@ -44,7 +44,7 @@ struct udd_layout {
 	uint32_t mappings;    // of the whole process, at the last reading
 	uint32_t runs;        // merged runs there were then
 	uint64_t read_at;     // ns, CLOCK_MONOTONIC
-	uint64_t read_cost;   // ns
+	uint64_t read_cost;   // ns of CPU
 	uint64_t present;     // bytes present in candidates and merged runs, at the last reading
 	int smaps_fd;         // -1 until the worker opened it
 	char *buffer;         // UDD_LAYOUT_BUFFER bytes
