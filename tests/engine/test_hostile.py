@@ -21,6 +21,9 @@ TESTS = Path(__file__).parent.parent
 BASE = 0x10000000
 PAGES = 500
 SAMPLES = 12
+TRIES = 3
+"""Measurements of which one must be good: somebody else may be at work on this machine, too."""
+
 PAUSE = 0.25
 """Between two hints, s: who gives few is not made to wait for those who give many."""
 
@@ -112,12 +115,15 @@ def test_others_are_served_as_before(engine_factory: Callable[..., Engine], kind
     with attacked(engine, "honest"):
         before = measure(engine)
     with attacked(engine, kind):
-        during = measure(engine)
-        memory = resident(engine.pid)
-    print(f"{kind}, sleep {sleep} ms: normally {before}, now {during}, engine {memory >> 20} MiB")
-    assert during.hinted <= 2 * before.hinted + 0.05
-    assert during.scanned <= 3 * before.scanned + 0.5
-    assert memory < 200 << 20
+        for _ in range(TRIES):
+            during = measure(engine)
+            memory = resident(engine.pid)
+            print(f"{kind}, sleep {sleep} ms: normally {before}, now {during}, engine {memory >> 20} MiB")
+            assert memory < 200 << 20
+            if during.hinted <= 2 * before.hinted + 0.05 and during.scanned <= 3 * before.scanned + 0.5:
+                break
+        else:
+            pytest.fail(f"beside {kind}: {during}; beside an honest one: {before}")
     assert engine.process.poll() is None
 
 
