@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from udedup.record.page import write_html
-from udedup.record.plots import write_png
+from udedup.record.plots import draw, write_png
 from udedup.record.recording import About, Recording, Row
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,6 +68,16 @@ def test_kept(recording: Recording, tmp_path: Path) -> None:
     assert again.rows == recording.rows
     assert again.about == recording.about
     assert again.totals() == recording.totals()
+
+
+def test_every_curve_is_inside_its_panel(recording: Recording) -> None:
+    """Also where the first one drawn is empty, or lower than the others."""
+    figure = draw({"nothing": Recording(recording.rows[:1], recording.about, np.empty(0, "f4")), "ours": recording}, "")
+    for panel in figure.axes:
+        low, high = panel.get_ylim()
+        for line in panel.get_lines():
+            values = np.asarray(line.get_ydata(), dtype=float)
+            assert np.all((values >= low) & (values <= high) | np.isnan(values)), panel.get_title()
 
 
 def test_shown(recording: Recording, tmp_path: Path) -> None:

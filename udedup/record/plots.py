@@ -28,6 +28,9 @@ def draw(recordings: Mapping[str, Recording], title: str) -> Figure:
     for panel, panel_draw in zip(panels.flat, draws, strict=True):
         for color, (label, recording) in zip(COLORS, recordings.items(), strict=False):
             panel_draw(panel, label, recording, color)
+        if panel_draw in (_sharing, _cpu):
+            # Not before all is drawn: the upper end would stay where it is then.
+            panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     return figure
@@ -52,7 +55,6 @@ def _sharing(panel: Axes, label: str, recording: Recording, color: str) -> None:
     for at in recording.about.marks.values():
         panel.axvline(at, color=color, lw=0.5, alpha=0.5)
     panel.set(xlabel="seconds", ylabel="pages", title="Pages saved, and that could be (marks: starts and ends of work)")
-    panel.set_ylim(bottom=0)
 
 
 def _latency(panel: Axes, label: str, recording: Recording, color: str) -> None:
@@ -91,4 +93,3 @@ def _cpu(panel: Axes, label: str, recording: Recording, color: str) -> None:
         share = np.where(span > MOVING_SECONDS / 2, (cpu - cpu[before]) / span * 100, np.nan)
         panel.plot(seconds, share, color=color, label=f"{label}: {name}")
     panel.set(xlabel="seconds", ylabel="% of one CPU", title=f"CPU, mean over {MOVING_SECONDS:.0f} s")
-    panel.set_ylim(bottom=0)
