@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -72,12 +73,16 @@ def test_kept(recording: Recording, tmp_path: Path) -> None:
 
 def test_every_curve_is_inside_its_panel(recording: Recording) -> None:
     """Also where the first one drawn is empty, or lower than the others."""
-    figure = draw({"nothing": Recording(recording.rows[:1], recording.about, np.empty(0, "f4")), "ours": recording}, "")
-    for panel in figure.axes:
-        low, high = panel.get_ylim()
+    low = [msgspec.structs.replace(recording.rows[-1], seconds=i) for i in range(20)]
+    high = [msgspec.structs.replace(row, sharing=10**6 * i, cpu_engine=i / 2) for i, row in enumerate(low)]
+    recordings = {
+        name: Recording(rows, recording.about, recording.latencies) for name, rows in (("low", low), ("high", high))
+    }
+    for panel in draw(recordings, "").axes:
+        bottom, top = panel.get_ylim()
         for line in panel.get_lines():
             values = np.asarray(line.get_ydata(), dtype=float)
-            assert np.all((values >= low) & (values <= high) | np.isnan(values)), panel.get_title()
+            assert np.all((values >= bottom) & (values <= top) | np.isnan(values)), panel.get_title()
 
 
 def test_shown(recording: Recording, tmp_path: Path) -> None:
