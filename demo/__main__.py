@@ -27,7 +27,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     add_options(parser)
     args = parser.parse_args()
-    # Whoever ends us wants guests, engine and mount gone, too: trio takes everything down for SIGINT only.
+    # Whoever ends us wants guests, engine and mount gone, too: trio takes everything down for SIGINT only, and only
+    # where that is not ignored, as it is in a shell's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     status = 1
     try:
