@@ -353,6 +353,24 @@ async def test_rate_limit(start: Start) -> None:
     assert 0 < scanned <= 10 * (time.monotonic() - began + 0.02) / 0.01
 
 
+async def test_a_spurt_is_no_longer_than_it_may_be(start: Start) -> None:
+    """Also where it takes several requests, the last of them for what is left."""
+    asked: list[int] = []
+
+    class Asked(FakeAgent):
+        """Notes how many pages each step of the scan is for."""
+
+        def on_scan(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+            asked.append(struct.unpack_from("<I", packet, HEADER.size)[0])
+            return super().on_scan(count, packet)
+
+    pages = lib.UDD_REPORTS_MAX + 400
+    engine = await start(pages_to_scan=pages, sleep_millisecs=1000, policy="linear", smart_scan=False)
+    await engine.join(Asked(engine.path, memory(2 * pages)))
+    await engine.until(lambda: len(asked) >= 2, "a spurt")
+    assert asked[:2] == [lib.UDD_REPORTS_MAX, 400]
+
+
 # ---- hints ----
 
 

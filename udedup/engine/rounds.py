@@ -218,7 +218,7 @@ class Rounds:
             async def turn() -> None:
                 nonlocal visited
                 while visited < pages and (agent := self._ready()) is not None:
-                    visited += await self._step(agent, share)
+                    visited += await self._step(agent, min(share, pages - visited))
                 if visited >= pages:
                     nursery.cancel_scope.cancel()
 
