@@ -926,6 +926,24 @@ async def test_silent_agent_stalls_nobody(start: Start, warnings: Warnings, slee
     assert silent.farewell == "it did not answer request 6 within 3 s"
 
 
+class Idle(Liar):
+    """Visits nothing, and is never at the end."""
+
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 0, 0, struct.pack("<IIII", 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("pages_to_scan", [10, 100, 1000])
+async def test_idle_agent_stalls_nobody(start: Start, pages_to_scan: int) -> None:
+    """However few pages a spurt has left for it."""
+    engine = await start(pages_to_scan=pages_to_scan)
+    idle = await engine.join(Idle(engine.path, memory(100)))
+    await engine.until(lambda: idle.requests.count(lib.UDD_SCAN) > 50, "asked")
+    await pair(engine, 300)
+
+
 async def test_agent_that_does_not_read(start: Start, warnings: Warnings) -> None:
     """Its socket's queue fills; the engine neither blocks nor remembers more and more."""
     engine = await start(answer_seconds=1.0)
