@@ -203,6 +203,20 @@ async def test_eager_serves_a_burst_of_hints_at_once(autojump_clock: trio.testin
     assert [(what, pages) for _, what, pages in model.diary] == [("hints", 1501 * PAGES)]
 
 
+async def test_eager_serves_hints_that_keep_coming_without_delay(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """Within two spurts: every second one is the scan's."""
+    model = Model(round_pages=10**9)
+    nursery.start_soon(run_for, 100.0, model, POLICIES["eager"](1, 1), 20)
+    await trio.sleep(10)
+    for lap in range(1, 100):
+        model.hints = 1
+        model.change()
+        await trio.sleep(0.041)
+        assert model.pages("hints") == lap
+
+
 async def test_eager_gives_back_what_it_took_ahead(autojump_clock: trio.testing.MockClock) -> None:
     """Over time the load is the same as any policy's, to within what may be ahead."""
     model = Model(hints=30 * PAGES, round_pages=10**9)

@@ -37,7 +37,7 @@ default rate is most of the work …"""
 
 QUIET_SECONDS = 0.5
 """… and while no hints come, so many seconds'; a hint then ends the pause. One of somebody who gave none of late always
-does."""
+does, and any where hints need not wait for their share of the rate."""
 
 TOGETHER_PAGES = 4000
 """The spurts of about so many pages are done without a look at whether hints have come."""
@@ -163,9 +163,10 @@ class Scheduler:
         takes_hints = self._policy.hint_runs > 0
         quiet = self._quiet or not takes_hints
         most = max(1, int((QUIET_SECONDS if quiet else TOGETHER_SECONDS) / self._sleep + ROUNDING))
+        any_hint = quiet or self._policy.ahead_seconds > 0
         started = trio.current_time()
         with trio.move_on_after(most * self._sleep):
-            await self._workload.wait_for_change(hints=takes_hints, quiet_only=not quiet)
+            await self._workload.wait_for_change(hints=takes_hints, quiet_only=not any_hint)
         slept = trio.current_time() - started
         await trio.sleep(max(0.0, self._sleep - slept))
         return min(most, max(1, int(slept / self._sleep + ROUNDING)))
