@@ -37,8 +37,10 @@ enum {
 	// Most items of one message, and most pages of one run in UDD_MERGE (results are bit masks).
 	UDD_ITEMS_MAX = 512,
 	UDD_RUN_MAX = 64,
-	// Most pages one UDD_VISIT or UDD_SCAN answers for (one page report each).
+	// Most page reports in one answer, and most pages of one UDD_VISIT.
 	UDD_REPORTS_MAX = 2016,
+	// Most pages that one UDD_SCAN visits; it ends early once it has nothing left to report with.
+	UDD_SCAN_MAX = 8192,
 	// Pages of the copy area: a copy of every page that one UDD_VISIT or UDD_SCAN reports has room.
 	UDD_COPY_SLOTS = 2016,
 	// Most pages of one UDD_COPY.

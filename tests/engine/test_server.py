@@ -364,11 +364,11 @@ async def test_a_spurt_is_no_longer_than_it_may_be(start: Start) -> None:
             asked.append(struct.unpack_from("<I", packet, HEADER.size)[0])
             return super().on_scan(count, packet)
 
-    pages = lib.UDD_REPORTS_MAX + 400
+    pages = lib.UDD_SCAN_MAX + 400
     engine = await start(pages_to_scan=pages, sleep_millisecs=1000, policy="linear", smart_scan=False)
     await engine.join(Asked(engine.path, memory(2 * pages)))
     await engine.until(lambda: len(asked) >= 2, "a spurt")
-    assert asked[:2] == [lib.UDD_REPORTS_MAX, 400]
+    assert asked[:2] == [lib.UDD_SCAN_MAX, 400]
 
 
 # ---- hints ----

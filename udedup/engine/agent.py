@@ -43,6 +43,7 @@ from udedup.engine.wire import (
     REPORTS_MAX,
     RESULT_BYTES,
     RUN_BYTES,
+    SCAN_MAX,
     SCAN_TAIL,
     SEGMENT_SLOTS,
     SEGMENT_TAIL,
@@ -64,7 +65,7 @@ RUNS_MAX = 1 << 20
 LOOK, RECOUNT = 0, 1
 """Why UDD_RUNS is asked: header.value of the request."""
 
-SKIPS_MAX = 2 * REPORTS_MAX * lib.UDD_SKIPS_PER_VISIT
+SKIPS_MAX = 2 * SCAN_MAX * lib.UDD_SKIPS_PER_VISIT
 """More pages than an agent may pass over in one step."""
 
 UNMERGE_SECONDS = 300.0
@@ -347,7 +348,7 @@ class Agent:
 
     async def scan(self, pages: int) -> Scanned:
         """One step of its linear scan."""
-        pages = min(pages, REPORTS_MAX)
+        pages = min(pages, SCAN_MAX)
         answer = await self._link.request(lib.UDD_SCAN, SCAN_TAIL.pack(pages, 0))
         if answer.status < 0:
             self._drain()
@@ -403,7 +404,7 @@ class Agent:
             await self._take_reports(_items(answer.packet, "struct udd_report *", REPORTS_BYTES), answer.count, hinted)
 
     def _check_reports(self, answer: Answer, pages: int) -> CData:
-        if answer.count > pages or len(answer.packet) != REPORTS_BYTES + answer.count * REPORT_BYTES:
+        if answer.count > min(pages, REPORTS_MAX) or len(answer.packet) != REPORTS_BYTES + answer.count * REPORT_BYTES:
             raise AgentError(f"it reported {answer.count} of {pages} pages in {len(answer.packet)} bytes")
         head = _items(answer.packet, "struct udd_reports *", 0)
         if (

@@ -16,7 +16,7 @@ from udedup.engine.agent import Agent, Scanned, agents_cpu_seconds
 from udedup.engine.hints import Hinted, HintStack
 from udedup.engine.planner import Targets
 from udedup.engine.scheduler import Step
-from udedup.engine.wire import REPORTS_MAX, AgentError
+from udedup.engine.wire import REPORTS_MAX, SCAN_MAX, AgentError
 
 PATIENCE = 0.02
 """How long others wait for an agent's answer, s. It may answer later (see EngineConfig.answer_seconds), but alone."""
@@ -212,7 +212,10 @@ class Rounds:
         """
         visited = 0
         free = sum(agent.number not in self._scanning for agent in self._due)
-        share = min(REPORTS_MAX, -(-pages // min(self._width, free)))
+        width = min(self._width, free)
+        share = min(SCAN_MAX, -(-pages // width))
+        if width == 1 and (agent := self._ready()) is not None:
+            return await self._step(agent, share)
         async with trio.open_nursery() as nursery:
 
             async def turn() -> None:
@@ -222,7 +225,7 @@ class Rounds:
                 if visited >= pages:
                     nursery.cancel_scope.cancel()
 
-            for _ in range(min(self._width, free)):
+            for _ in range(width):
                 nursery.start_soon(turn)
         return visited
 
