@@ -178,6 +178,26 @@ class StoreStatus(msgspec.Struct, frozen=True):
     """Of slots written."""
     live_bytes: int
     """Of slots in use."""
+    retired: int
+    """Segments given back."""
+
+
+class IndexStatus(msgspec.Struct, frozen=True):
+    """The indexes of all domains."""
+
+    shared: int
+    """Store pages that can be found, also those that nobody uses now."""
+    candidates: int
+    """Pages seen once."""
+    bytes: int
+
+
+class AgentsStatus(msgspec.Struct, frozen=True):
+    """Wrapped processes that came and went; one that execs or that comes back counts anew."""
+
+    joined: int
+    dropped: int
+    """Those that lied, or did not answer."""
 
 
 class KernelStatus(msgspec.Struct, frozen=True):
@@ -265,6 +285,8 @@ class Status(msgspec.Struct, frozen=True):
     cpu_seconds: CpuStatus
     memory: MemoryStatus
     store: StoreStatus
+    index: IndexStatus
+    agents_total: AgentsStatus
     kernel: KernelStatus | None
     """None if the request left it out."""
     agents: list[AgentStatus]

@@ -311,6 +311,15 @@ class Agent:
         self.failure = error
         self.scope.cancel()
 
+    def raise_failure(self) -> None:
+        """Raises what :meth:`fail` was told; only once, or the agent and the error would keep each other."""
+        failure, self.failure = self.failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure
+
     async def work(self) -> None:
         """Does the jobs, one after the other, until cancelled. Raises AgentError."""
         try:

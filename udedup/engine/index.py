@@ -33,6 +33,11 @@ class Index:
         return int(lib.udd_index_candidates(self.handle))
 
     @property
+    def shared(self) -> int:
+        """Store pages that can be found."""
+        return int(lib.udd_index_shared(self.handle))
+
+    @property
     def size(self) -> int:
         """Memory of the index, bytes."""
         return int(lib.udd_index_bytes(self.handle))

@@ -5,12 +5,14 @@ from collections.abc import Collection
 
 from udedup.engine.accounting import (
     PAGE,
+    AgentsStatus,
     AgentStatus,
     BreakStatus,
     Counters,
     CpuStatus,
     HintStatus,
     ImageStatus,
+    IndexStatus,
     KernelStatus,
     LeadTimeStatus,
     MemoryStatus,
@@ -61,6 +63,7 @@ def status(
     used = sum(domain.store.used_slots for domain in domains)
     merged = sum(agent.pages_merged for agent in agents)
     zero = sum(agent.area.stats.zero_pages for agent in agents)
+    candidates = sum(domain.index.candidates for domain in domains)
     saved = (max(0, merged - shared) + zero) * PAGE
     engine = read_smaps(None) if kernel is None else kernel.engine
     memory = MemoryStatus(
@@ -75,7 +78,7 @@ def status(
         policy=config.policy,
         pages_shared=shared,
         pages_sharing=max(0, merged - shared),
-        pages_unshared=sum(domain.index.candidates for domain in domains),
+        pages_unshared=candidates,
         pages_volatile=sum(agent.volatile for agent in agents),
         pages_scanned=counters.pages_scanned,
         pages_skipped=counters.pages_skipped,
@@ -117,7 +120,14 @@ def status(
             adopted=counters.segments_adopted,
             bytes=used * PAGE,
             live_bytes=shared * PAGE,
+            retired=counters.segments_retired,
         ),
+        index=IndexStatus(
+            shared=sum(domain.index.shared for domain in domains),
+            candidates=candidates,
+            bytes=sum(domain.index.size for domain in domains),
+        ),
+        agents_total=AgentsStatus(joined=counters.agents_joined, dropped=counters.agents_dropped),
         kernel=None
         if kernel is None
         else KernelStatus(pss_bytes=kernel.pss, saved_bytes=kernel.saved, unreadable=kernel.unreadable),

@@ -8,6 +8,7 @@ import trio
 
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
+from udedup.engine.compaction import Compaction
 from udedup.engine.domain import Domain
 from udedup.engine.shortage import Shortage
 
@@ -33,6 +34,7 @@ class Retirement:
     def __init__(self, household: Household, seconds: float) -> None:
         self._household = household
         self._seconds = seconds
+        self._compactions: dict[Domain, Compaction] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -42,7 +44,9 @@ class Retirement:
 
     def look(self) -> None:
         """Begins, pushes on and finishes retirements."""
-        for domain in self._household.domains:
+        domains = list(self._household.domains)
+        self._compactions = {domain: self._compactions.get(domain) or Compaction() for domain in domains}
+        for domain in domains:
             agents = [agent for agent in self._household.agents if agent.domain is domain]
             for agent in agents:
                 if agent.may_hand_over:
@@ -55,8 +59,9 @@ class Retirement:
                     agent.submit(agent.forget_segments)
 
     def _retire(self, domain: Domain, agents: Iterable[Agent]) -> None:
-        for segment in domain.store.sparse(trio.current_time()):
-            domain.store.begin_retirement(segment, domain.index)
+        now = trio.current_time()
+        for number in self._compactions[domain].choose(domain.store.fills(now), now):
+            domain.store.begin_retirement(domain.store.segments[number], domain.index)
         for segment in list(domain.store.segments.values()):
             if segment.moves is None:
                 continue

@@ -77,6 +77,9 @@ JOIN_SECONDS = 0.001
 REQUEST_SECONDS = 0.001
 """What a control request takes, and a report as much again for each process, reading what the kernel says included."""
 
+NUMBERS_PER_AGENT = 4
+"""Agent numbers that there are for each connection that there may be."""
+
 WIDTH = 8
 """Agents scanned at a time when there is no rate limit."""
 
@@ -194,8 +197,7 @@ class Engine:
         try:
             with agent.scope:
                 await self._work_with(agent, link)
-            if agent.failure is not None:
-                raise agent.failure
+            agent.raise_failure()
         except LinkClosedError as closed:
             farewell = None
             log.info("%s left%s", agent, " in the middle of a request" if closed.asked else "")
@@ -228,8 +230,12 @@ class Engine:
 
             nursery.start_soon(guard, link.receive)
             nursery.start_soon(guard, agent.work)
-        if failure is not None:
-            raise failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            # Its traceback has this frame, which would keep the agent and its shared area.
+            failure = None
 
     def _admit(self, sock: socket.socket, peer: Peer, hello: Hello, number: int, domain: Domain) -> tuple[Agent, Link]:
         """Makes the shared area and sends the welcome. Raises LinkClosedError, or OSError if memory is short."""
@@ -288,9 +294,13 @@ class Engine:
         return flags
 
     def _free_number(self) -> int:
-        """The next free agent number; they go round, so that one just left is not mistaken for its successor."""
+        """The next free agent number; they go round, so that one just left is not mistaken for its successor.
+
+        Not through all there are: the index has a place for each number up to the highest.
+        """
+        turn = min(lib.UDD_AGENT_NUMBERS - 1, NUMBERS_PER_AGENT * self.config.agents_max)
         while True:
-            self._last_number = self._last_number % (lib.UDD_AGENT_NUMBERS - 1) + 1
+            self._last_number = self._last_number % turn + 1
             if self._last_number not in self.rounds.agents:
                 return self._last_number
 

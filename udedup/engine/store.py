@@ -10,11 +10,11 @@ Segments of an engine that is gone are taken over where ``udedup.engine.adoption
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
 from urllib.parse import quote
 
 import attrs
 
+from udedup.engine.compaction import Fill
 from udedup.engine.index import Index
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.wire import SEGMENT_BYTES, SEGMENT_SLOTS, check
@@ -25,9 +25,6 @@ SEGMENT_NAME = "udedup-store"
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 """Of every segment. Not F_SEAL_SEAL: the next engine, which takes it over, adds F_SEAL_WRITE."""
-
-RETIRE_LIVE_FRACTION = 0.25
-"""A full segment with a smaller part of its slots in use is retired."""
 
 
 def segment_prefix(owner: str, label: str) -> str:
@@ -198,18 +195,19 @@ class Store:
         """Store pages written, dead ones included."""
         return sum(self.state(number)[0] for number in self.segments)
 
-    def sparse(self, now: float) -> Iterator[Segment]:
-        """Full segments worth retiring."""
-        for segment in list(self.segments.values()):
-            used, live, _ = self.state(segment.number)
-            if segment is self._current or segment.moves is not None or now < segment.settled_at:
-                continue
-            if live < RETIRE_LIVE_FRACTION * used or not used:
-                yield segment
+    def fills(self, now: float) -> list[Fill]:
+        """Of all segments that may be retired."""
+        return [
+            Fill(segment.number, *self.state(segment.number), growing=segment is self._current)
+            for segment in self.segments.values()
+            if segment.moves is None and now >= segment.settled_at
+        ]
 
     def begin_retirement(self, segment: Segment, index: Index) -> None:
         """From here on nothing new is merged with ``segment``."""
         index.forget_segment(segment.number)
+        if segment is self._current:
+            self._current = None
         segment.moves = ffi.new("struct udd_move[]", SEGMENT_SLOTS)
 
     def continue_retirement(self, segment: Segment, index: Index) -> None:
