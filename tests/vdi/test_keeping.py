@@ -15,9 +15,6 @@ from udedup.vdi.formats.probe import Opening
 from udedup.vdi.images import Image, Images
 from udedup.vdi.state import StateDirectory
 
-if TYPE_CHECKING:
-    pass
-
 BLOCK = 4096
 MIB = 1 << 20
 
