@@ -27,6 +27,9 @@ void udd_area_unmap(void *area);
 // Digests of `count` consecutive 4096-byte pages; ret takes 2 × count words, low half first.
 void udd_digest_pages(const void *pages, size_t count, uint64_t *ret);
 
+// Enters those of `count` digests whose place in the table is empty: both words 0.
+void udd_fill_digests(uint64_t *table, const void *digests, size_t count);
+
 // ---- index.c: where is a page with this digest? ----
 
 struct udd_index;

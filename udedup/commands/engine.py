@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from udedup.commands.host import require_host
 from udedup.commands.options import (
     add_advisor_options,
+    add_backing_option,
     add_image_options,
+    add_state_option,
     allowed_domain,
     count,
     group,
@@ -65,15 +67,8 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         " unless the image is raw itself); may be repeated",
     )
     add_image_options(parser)
-    parser.add_argument(
-        "--allow-backing",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="let images have their backing files, data files and parents below DIR too, not only below the directory"
-        " they are in themselves; may be repeated",
-    )
+    add_backing_option(parser)
+    add_state_option(parser)
     parser.add_argument(
         "--allow-other",
         action=argparse.BooleanOptionalAction,
@@ -193,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
         image_format=args.image_format,
         secret_file=None if args.secret_file is None else args.secret_file.absolute(),
         allow_backing=tuple(directory.absolute() for directory in args.allow_backing),
+        state_dir=args.state_dir.absolute(),
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,

@@ -420,8 +420,16 @@ class Engine:
         """Opens the images the configuration names. Raises UdedupError."""
         # Only engines with a mount pay for FUSE.
         from udedup.vdi.images import Images
+        from udedup.vdi.state import StateDirectory
 
-        self.images = Images()
+        state = None
+        if self.config.state_dir is not None:
+            try:
+                state = StateDirectory.open(self.config.state_dir)
+            except UdedupError as error:
+                # Digests are hints: it all works without.
+                log.warning("digests of images are not kept: %s", error)
+        self.images = Images(state)
         opening = self._opening(self.config.image_format, self.config.secret_file)
         for name, path in self.config.images:
             self._watch(self.images.add(path, name, opening))

@@ -25,7 +25,7 @@ from udedup.vdi import mountpoint as mountpoints
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
 from udedup.vdi.holders import name_holders
-from udedup.vdi.images import NAME_BYTES_MAX, Image, Images
+from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, examine
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ImageFilesystem(pyfuse3.Operations):
                     async with self._images.examining:
                         # It may have been taken out while others were examined.
                         if image.inode in self._images.by_inode:
-                            await self._examine(image)
+                            await examine(image, self._limiter)
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._image(inode))
@@ -135,7 +135,7 @@ class ImageFilesystem(pyfuse3.Operations):
         # Counts from now on: while it is examined nobody may take it out of the mount.
         image.openers[handle.pid] += 1
         try:
-            await self._examine(image)
+            await examine(image, self._limiter)
         except BaseException:
             image.closed_by(handle.pid)
             raise
@@ -179,14 +179,6 @@ class ImageFilesystem(pyfuse3.Operations):
             if count:
                 self._on_read(image, first, count, handle.pid)
         return data
-
-    async def _examine(self, image: Image) -> None:
-        try:
-            stamp = await trio.to_thread.run_sync(image.examine, abandon_on_cancel=True, limiter=self._limiter)
-        except OSError as error:
-            image.report("examine", f"can't be examined for changes: {error.strerror}")
-        else:
-            image.update(stamp)
 
     def _image(self, inode: int) -> Image:
         image = self._images.by_inode.get(inode)
@@ -300,6 +292,19 @@ async def serve(
     await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
     directory = await prepare(mountpoint)
     filesystem = ImageFilesystem(images, on_read, allow_other=allow_other)
+    async with images.keeping():
+        await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
+
+
+async def serve_session(
+    directory: Path,
+    filesystem: ImageFilesystem,
+    images: Images,
+    *,
+    allow_other: bool,
+    task_status: trio.TaskStatus[int],
+) -> None:
+    """:func:`serve`, once the directory is fit for it."""
     with session(directory, filesystem, allow_other=allow_other) as descriptor, fast_poll(descriptor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(filesystem.watch)
@@ -318,6 +323,7 @@ async def withdraw(images: Images, image: Image, on_removed: Callable[[], None])
     ``on_removed`` is called once nobody can open it any more, and before it is closed. Raises UdedupError, saying who
     holds it, if it is open.
     """
+    await images.flush(image)
     # The kernel tells of the last close when it gets round to it.
     with trio.move_on_after(RELEASE_SECONDS):
         while image.openers:
@@ -335,6 +341,8 @@ async def withdraw(images: Images, image: Image, on_removed: Callable[[], None])
     if device is not None:
         await trio.to_thread.run_sync(forget_name, image.name, abandon_on_cancel=True)
     async with images.examining:
+        if image.kept is not None:
+            await image.kept.close()
         image.close()
 
 

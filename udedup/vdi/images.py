@@ -11,7 +11,8 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -20,16 +21,23 @@ import trio
 
 from udedup.errors import UdedupError
 from udedup.vdi.digests import BLOCK_BYTES, DigestTable
-from udedup.vdi.formats.layer import same_file
+from udedup.vdi.formats.layer import Layer, same_file
 from udedup.vdi.formats.probe import Opened, Opening, open_chain
 from udedup.vdi.formats.raw import RawFile
+from udedup.vdi.keeping import Kept
 from udedup.vdi.paths import file_size
+from udedup.vdi.sidecar import FileIdentity, Identity, digest_of_path
+from udedup.vdi.state import StateDirectory
 
 log = logging.getLogger(__name__)
 
 # Inode 1 is the root directory (FUSE_ROOT_ID).
 FIRST_INODE: Final = 2
 NAME_BYTES_MAX: Final = 255
+FLUSH_SECONDS: Final = 5.0
+"""How often digests are written to sidecars."""
+END_SECONDS: Final = 10.0
+"""How long that may take at the end."""
 # Endings of names that speak of the format; the mount shows raw disks.
 FORMAT_SUFFIXES: Final = frozenset((".qcow2", ".qcow", ".img", ".vdi", ".vmdk", ".vhd", ".vpc", ".vhdx"))
 
@@ -85,6 +93,34 @@ class Image:
         self._table = DigestTable(self.size // BLOCK_BYTES)
         self.digests = self._table.memory
         """16 bytes per whole 4 KiB block, see :class:`DigestTable`. A last partial block has none."""
+        self.kept: Kept | None = None
+        """Where the digests are kept when the image isn't mounted."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """What its digests belong to; None if they must not be kept.
+
+        Nothing shows a change of a block device, and digests of what somebody has encrypted tell of its content.
+        """
+        layers: list[Layer] = [self._layer]
+        while (below := layers[-1].below) is not None:
+            layers.append(below)
+        devices = any(stat.S_ISBLK(file.status.st_mode) for file in self._files)
+        if devices or any(layer.encrypted for layer in layers):
+            return None
+        files = zip(self._files, self._stamp.files, strict=True)
+        return Identity(self.format, self.size, tuple(identify(file, stamp) for file, stamp in files))
+
+    @property
+    def unkept(self) -> bool:
+        """Whether there are digests to be kept."""
+        return self.kept is not None and bool(self._table.unkept or self._table.emptied)
+
+    def keep(self, state: StateDirectory, on_want: Callable[[], None]) -> None:
+        """Keeps the digests in ``state``, if they may be; ``on_want`` as for :class:`Kept`."""
+        identity = self.identity
+        if identity is not None:
+            self.kept = Kept(state, self.path, self._table, identity, on_want)
 
     @property
     def mtime_ns(self) -> int:
@@ -119,6 +155,37 @@ class Image:
         self._layer.read_into(view, offset)
         return view
 
+    def drop_digests(self, offset: int, length: int) -> None:
+        """Forgets the digests of all blocks that have a part in [offset, offset + length): written, or discarded."""
+        first = offset // BLOCK_BYTES
+        count = min(-(-(offset + length) // BLOCK_BYTES), self.size // BLOCK_BYTES) - first
+        if count > 0:
+            self._table.drop(first, count)
+
+    def data_from(self, offset: int) -> int:
+        """The first byte from ``offset`` on where there is data, as far as maps tell; the disk's size if there is none.
+
+        Waits for the disk, as :meth:`hole_from`. Raises OSError.
+        """
+        return self._search(offset, self.size, data=True)
+
+    def hole_from(self, offset: int, end: int) -> int:
+        """The first byte from ``offset`` on where there is no data, ``end`` if there is data up to there."""
+        return self._search(offset, end, data=False)
+
+    def _search(self, offset: int, end: int, *, data: bool) -> int:
+        while offset < end:
+            found, length = self._layer.stretch(offset, end - offset)
+            if found is data:
+                break
+            offset += length
+        return offset
+
+    def read_once(self) -> None:
+        """Tells the kernel that what is read from now on needs not stay in memory for others."""
+        for file in self._files:
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NOREUSE)
+
     def note_digests(self, offset: int, data: bytes | memoryview) -> tuple[int, int]:
         """Sees to it that the whole blocks within ``data``, read at byte ``offset``, have digests.
 
@@ -129,6 +196,8 @@ class Image:
         if count <= 0:
             return first, 0
         if not self._table.known(first, count):
+            if self.kept is not None:
+                self.kept.want(first, count)
             self._table.compute(first, count, data, first * BLOCK_BYTES - offset)
         return first, count
 
@@ -147,6 +216,8 @@ class Image:
             self._table.clear()
             self._layer.forget()
             self.generation += 1
+            if self.kept is not None and (identity := self.identity) is not None:
+                self.kept.changed(identity)
             self.report("changed", "has changed while mounted: its digests are dropped")
         if isinstance(self._layer, RawFile) and stamp.files[0].size < self.size:
             self.report("cut", f"was cut short from {self.size} to {stamp.files[0].size} bytes: reads beyond fail")
@@ -180,10 +251,34 @@ def examine_file(file: RawFile) -> tuple[FileStamp, bool]:
     return FileStamp(file_size(file.descriptor, status), status.st_mtime_ns), in_place
 
 
+def identify(file: RawFile, stamp: FileStamp) -> FileIdentity:
+    """What tells a file from others and from itself at other times."""
+    status = file.status
+    return FileIdentity(digest_of_path(file.path), status.st_dev, status.st_ino, stamp.size, stamp.mtime_ns)
+
+
+async def examine(image: Image, limiter: trio.CapacityLimiter | None = None) -> bool:
+    """Has a worker thread see whether the files of an image have changed, and draws the conclusions.
+
+    False if they can't be looked at; that is reported.
+    """
+    try:
+        stamp = await trio.to_thread.run_sync(image.examine, abandon_on_cancel=True, limiter=limiter)
+    except OSError as error:
+        image.report("examine", f"can't be examined for changes: {error.strerror}")
+        return False
+    image.update(stamp)
+    return True
+
+
 class Images:
     """The images of one mount, by name and by inode."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: StateDirectory | None = None) -> None:
+        self.state = state
+        """Where digests are kept, None: nowhere."""
+        self.wanting = trio.Event()
+        """Set when some are to be loaded."""
         self.by_inode: dict[int, Image] = {}
         self.by_name: dict[str, Image] = {}
         self.mount_device: int | None = None
@@ -233,9 +328,64 @@ class Images:
                 image = Image(name, path, next(self._inodes), opened)
             except OSError as error:
                 raise UdedupError(f"image {path}: no room for its digests: {error.strerror}") from error
+            if self.state is not None:
+                image.keep(self.state, self._want)
             self.by_inode[image.inode] = image
             self.by_name[name] = image
         return image
+
+    def _want(self) -> None:
+        self.wanting.set()
+
+    @asynccontextmanager
+    async def keeping(self) -> AsyncIterator[None]:
+        """While in it, digests are loaded from sidecars when wanted, and written to them, for the last time at the end.
+
+        The end takes some END_SECONDS at most.
+        """
+        if self.state is None:
+            yield
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._load_digests)
+                nursery.start_soon(self._write_digests)
+                try:
+                    yield
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._finish_digests()
+
+    async def _finish_digests(self) -> None:
+        with trio.move_on_after(END_SECONDS):
+            for image in self:
+                await self.flush(image)
+        for image in self:
+            if image.kept is not None:
+                await image.kept.close()
+
+    async def _load_digests(self) -> None:
+        while True:
+            await self.wanting.wait()
+            self.wanting = trio.Event()
+            for image in self:
+                if image.kept is not None:
+                    await image.kept.load()
+
+    async def _write_digests(self) -> None:
+        while True:
+            await trio.sleep(FLUSH_SECONDS)
+            for image in self:
+                await self.flush(image)
+
+    async def flush(self, image: Image) -> None:
+        """Writes the digests of an image that are new to its sidecar."""
+        async with self.examining:
+            # It may have been taken out while others were examined.
+            if image.kept is not None and image.unkept and image.inode in self.by_inode and await examine(image):
+                await image.kept.flush(image.mtime_ns)
 
     def find(self, wanted: str) -> Image:
         """The image that is shown as ``wanted`` or whose path that is. Raises UdedupError unless it is exactly one.

@@ -45,6 +45,17 @@ class RawFile(Layer):
                 raise ends_early()
             done += more
 
+    def data_at(self, offset: int, length: int) -> tuple[bool, int]:
+        """By the file system's word; it may take holes for data."""
+        try:
+            data = os.lseek(self.descriptor, offset, os.SEEK_DATA)
+            if data > offset:
+                return False, min(length, data - offset)
+            return True, min(length, os.lseek(self.descriptor, offset, os.SEEK_HOLE) - offset)
+        except OSError as error:
+            # ENXIO: there is no data any more.
+            return (False, length) if error.errno == errno.ENXIO else (True, length)
+
     def read_some(self, offset: int, size: int, *, wait: bool) -> bytes | None:
         """Up to ``size`` bytes, fewer at the end of the file; None if that takes the disk and ``wait`` is False."""
         if wait:
