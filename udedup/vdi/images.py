@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from udedup.vdi.formats.layer import same_file
 from udedup.vdi.formats.probe import Opened, Opening, open_chain
 from udedup.vdi.formats.raw import RawFile
 from udedup.vdi.paths import file_size
+from udedup.vdi.shelf import Watch
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,13 @@ class Image:
         self._files = opened.files
         self.size = opened.layer.size
         """Bytes of the disk, as of when the image was added."""
+        self.watch = Watch([file.descriptor for file in opened.files])
+        """Tells at once whether the files have changed."""
         self._stamp = self.examine()
         self._reported: set[str] = set()
-        self._table = DigestTable(self.size // BLOCK_BYTES)
+        self.blocks = self.size // BLOCK_BYTES
+        """Whole ones."""
+        self._table = DigestTable(self.blocks)
         self.digests = self._table.memory
         """16 bytes per whole 4 KiB block, see :class:`DigestTable`. A last partial block has none."""
 
@@ -119,14 +124,18 @@ class Image:
         self._layer.read_into(view, offset)
         return view
 
+    def read_gaps(self, view: memoryview, offset: int, gaps: Sequence[tuple[int, int]]) -> None:
+        """Fills the bytes [start, end) of ``view``, which begins at byte ``offset``, as :meth:`read` would."""
+        for start, end in gaps:
+            self._layer.read_into(view[start:end], offset + start)
+
     def note_digests(self, offset: int, data: bytes | memoryview) -> tuple[int, int]:
         """Sees to it that the whole blocks within ``data``, read at byte ``offset``, have digests.
 
         Returns the first such block and their number, which is 0 if ``data`` covers none.
         """
-        first = -(-offset // BLOCK_BYTES)
-        count = (offset + len(data)) // BLOCK_BYTES - first
-        if count <= 0:
+        first, count = blocks_within(offset, len(data))
+        if not count:
             return first, 0
         if not self._table.known(first, count):
             self._table.compute(first, count, data, first * BLOCK_BYTES - offset)
@@ -168,6 +177,12 @@ class Image:
     def close(self) -> None:
         """Closes the files. Nothing can be read any more."""
         self._layer.close()
+
+
+def blocks_within(offset: int, size: int) -> tuple[int, int]:
+    """The first of the whole blocks in a read, and their number, which may be 0."""
+    first = -(-offset // BLOCK_BYTES)
+    return first, max((offset + size) // BLOCK_BYTES - first, 0)
 
 
 def examine_file(file: RawFile) -> tuple[FileStamp, bool]:
