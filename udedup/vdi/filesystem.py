@@ -158,11 +158,11 @@ class ImageFilesystem(pyfuse3.Operations):
             own=ctx.pid in self.tidier.threads,
         )
         # Counts from now on: while it is examined nobody may take it out of the mount.
-        image.openers[handle.pid] += 1
+        image.opened_by(handle.pid, direct=handle.direct)
         try:
             await self._examine(image)
         except BaseException:
-            image.closed_by(handle.pid)
+            image.closed_by(handle.pid, direct=handle.direct)
             raise
         number = next(self._numbers)
         self.handles[number] = handle
@@ -174,7 +174,7 @@ class ImageFilesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         handle = self.handles.pop(fh)
-        handle.image.closed_by(handle.pid)
+        handle.image.closed_by(handle.pid, direct=handle.direct)
 
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         """The bytes asked for, fewer only at the end of the image.

@@ -75,6 +75,8 @@ class Image:
         """Read since this was last set to False."""
         self.generation = 0
         """How often the digests have been dropped."""
+        self.direct_opens = 0
+        """How many of the open files pass by the mount's page cache."""
         self.openers: Counter[int] = Counter()
         """How many open files it has in the mount, by the process that opened them."""
         self._layer = opened.layer
@@ -162,11 +164,27 @@ class Image:
         if not stamp.in_place:
             self.report("moved", "is no longer at its path: the file that was opened goes on being served")
 
-    def closed_by(self, pid: int) -> None:
+    def opened_by(self, pid: int, *, direct: bool) -> None:
+        """One open file more."""
+        self.openers[pid] += 1
+        self.direct_opens += direct
+        self._pass_on()
+
+    def closed_by(self, pid: int, *, direct: bool) -> None:
         """One open file fewer."""
+        self.direct_opens -= direct
+        self._pass_on()
         self.openers[pid] -= 1
         if not self.openers[pid]:
             del self.openers[pid]
+
+    def _pass_on(self) -> None:
+        """Has the files themselves cached by the kernel while, and only while, there is a reader whom that serves.
+
+        What others read is in the mount's page cache, and twice would be one copy too many.
+        """
+        for file in self._files:
+            file.passing = not self.direct_opens
 
     def report(self, topic: str, text: str) -> None:
         """Logs a warning about this image, once per topic."""
