@@ -272,6 +272,13 @@ int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t fr
 size_t udd_plan_moves(uint32_t agent, const struct udd_run *runs, size_t count, uint32_t from, const struct udd_move *moves,
 		      struct udd_target *ret, size_t max);
 
+// One more user of the store, who ends with udd_store_destroy(). Returns it.
+struct udd_store *udd_store_keep(struct udd_store *store);
+// The segments' memory is about to go: nothing is found in them any more.
+void udd_store_close(struct udd_store *store);
+// The page in a slot, valid until its segment is removed or the store closed; NULL: there is none.
+const char *udd_store_slot(const struct udd_store *store, uint32_t segment, uint32_t slot);
+
 struct udd_holder *udd_holder_create(struct udd_store *store);
 void udd_holder_destroy(struct udd_holder *holder); // gives all its references back
 void udd_holder_clear(struct udd_holder *holder);
@@ -299,6 +306,55 @@ struct udd_smaps {
 
 // Sums up an open /proc/PID/smaps.
 int udd_smaps_read(int fd, struct udd_smaps *ret);
+
+// ---- shelf.c: which blocks of an image can be had from the store ----
+
+struct udd_watch; // an image's files, and whether they have changed
+struct udd_shelf; // an image's blocks that are in one store
+
+enum {
+	// Stretches of a read that the store does not have, more than which make it a read of the files.
+	UDD_GAPS_MAX = 16,
+};
+
+struct udd_gap {
+	uint32_t start; // byte of the read
+	uint32_t end;
+};
+
+struct udd_taken {
+	const char *data; // the bytes, or the buffer
+	uint64_t epoch;   // in which the image has them
+	struct udd_gap gaps[UDD_GAPS_MAX];
+};
+
+struct udd_put_counts {
+	uint64_t entered;   // blocks that were not there before
+	uint64_t differing; // blocks with another content than the slot with their digest
+};
+
+// Descriptors stay the caller's. Files that changed less than `settle_ns` ago are not relied on yet. NULL: no memory.
+struct udd_watch *udd_watch_create(const int *descriptors, uint32_t count, uint64_t settle_ns);
+void udd_watch_destroy(struct udd_watch *watch);
+// Between two calls that give the same number the files have not changed. 0: that can't be told.
+uint64_t udd_watch_epoch(struct udd_watch *watch);
+
+// NULL: no memory, or no addresses.
+struct udd_shelf *udd_shelf_create(struct udd_store *store, uint64_t blocks);
+void udd_shelf_destroy(struct udd_shelf *shelf);
+// Finds [offset, offset + size) of the image, at most 1 MiB. Returns the number of gaps that are left in `buffer`, which has room
+// for all; with 0 of them the bytes are at ret->data, valid as long as their segment. -ENOENT: nothing is there.
+int udd_shelf_take(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t offset, size_t size, char *buffer,
+		   struct udd_taken *ret);
+// A bit for each of up to 64 blocks that is on the shelf.
+uint64_t udd_shelf_there(const struct udd_shelf *shelf, uint64_t first, uint32_t count);
+// Likewise, of those too that may be on it once they have been compared.
+uint64_t udd_shelf_nominees(const struct udd_shelf *shelf, const struct udd_index *index, const uint64_t *digests, uint64_t first,
+			    uint32_t count);
+// Compares blocks, whose content at `data` was read in `epoch`, with what the index has for their digests (two words for each block
+// of the image), and enters those that are equal. Returns how many of them are on the shelf now.
+uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t epoch, const struct udd_index *index,
+		       const uint64_t *digests, uint64_t first, uint32_t count, const char *data, struct udd_put_counts *ret);
 
 // ---- sample.c: what has really been merged, seen from outside ----
 

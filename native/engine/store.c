@@ -77,12 +77,25 @@ void udd_store_destroy(struct udd_store *store)
 {
 	if (--store->users)
 		return;
-	for (uint32_t i = 0; i < store->capacity; i++)
-		free(store->segments[i]);
+	udd_store_close(store);
 	free(store->segments);
 	if (store->uffd >= 0)
 		close(store->uffd);
 	free(store);
+}
+
+struct udd_store *udd_store_keep(struct udd_store *store)
+{
+	store->users++;
+	return store;
+}
+
+void udd_store_close(struct udd_store *store)
+{
+	for (uint32_t i = 0; i < store->capacity; i++) {
+		free(store->segments[i]);
+		store->segments[i] = NULL;
+	}
 }
 
 // Makes `*array`, of pointers, long enough for index `last`.
@@ -196,6 +209,13 @@ int udd_store_adopt_segment(struct udd_store *store, struct udd_index *index, ui
 static char *segment_slot(const struct segment *segment, uint32_t slot)
 {
 	return segment->base + (size_t)slot * UDD_PAGE_SIZE;
+}
+
+const char *udd_store_slot(const struct udd_store *store, uint32_t number, uint32_t slot)
+{
+	const struct segment *segment = store_find(store, number);
+
+	return segment && slot < segment->state.used ? segment_slot(segment, slot) : NULL;
 }
 
 // Slots that are being given memory, by one call of udd_store_publish().
@@ -365,8 +385,7 @@ struct udd_holder *udd_holder_create(struct udd_store *store)
 
 	if (!holder)
 		return NULL;
-	holder->store = store;
-	store->users++;
+	holder->store = udd_store_keep(store);
 	return holder;
 }
 

@@ -58,6 +58,7 @@ from udedup.engine.wire import (
 from udedup.errors import UdedupError
 
 if TYPE_CHECKING:
+    from udedup.engine.shelves import Shelves
     from udedup.vdi.formats.probe import Opening
     from udedup.vdi.images import Image, Images
 
@@ -406,7 +407,7 @@ class Engine:
         path = Path(os.path.normpath(request.path))
         shown = path.name if path.parent == Path(os.path.normpath(mount)) else request.image
         image = images.find(shown) if shown in images.by_name else images.find(request.path)
-        await withdraw(images, image, on_removed=lambda: self.hints.remove_image(image.inode))
+        await withdraw(images, image, on_removed=lambda: self._forget(image))
         return True
 
     def _require_mount(self) -> "tuple[Images, Path]":
@@ -443,6 +444,17 @@ class Engine:
     def _watch(self, image: "Image") -> None:
         self.hints.add_image(image.inode, image.digests, image.size)
 
+    def _forget(self, image: "Image") -> None:
+        self.hints.remove_image(image.inode)
+        for domain in self.domains:
+            domain.shelves.pop(image.inode, None)
+
+    def shelves(self) -> "Shelves":
+        """What readers of the mount are served from."""
+        from udedup.engine.shelves import Shelves
+
+        return Shelves(self.rounds.agents.values, self.counters)
+
     def on_read(self, image: "Image", first_block: int, blocks: int, pid: int) -> None:
         """A content hint. Its digests are in the image's table, where the reader's place hint will find them."""
         self.counters.hints_content += blocks
@@ -478,9 +490,15 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
                 from udedup.vdi.filesystem import serve
 
                 images = engine.load_images()
-                engine.mount_dev = await nursery.start(
-                    partial(serve, config.mount, images, engine.on_read, allow_other=config.allow_other)
+                show = partial(
+                    serve,
+                    config.mount,
+                    images,
+                    engine.on_read,
+                    shelves=engine.shelves(),
+                    allow_other=config.allow_other,
                 )
+                engine.mount_dev = await nursery.start(show)
             nursery.start_soon(scheduler.run)
             nursery.start_soon(Retirement(engine, config.retire_seconds).run)
             nursery.start_soon(engine.accept, listener)

@@ -240,6 +240,8 @@ class Store:
 
     def close(self) -> None:
         """Closes all segments. Agents keep what they have mapped."""
+        # Shelves may outlive it.
+        lib.udd_store_close(self.handle)
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()

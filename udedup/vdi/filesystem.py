@@ -20,12 +20,16 @@ import attrs
 import pyfuse3
 import trio
 
+from udedup._native import ffi  # type: ignore[import-not-found, unused-ignore]
 from udedup.errors import UdedupError
 from udedup.vdi import mountpoint as mountpoints
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
 from udedup.vdi.holders import name_holders
-from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, examine
+from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, blocks_within, examine
+from udedup.vdi.openers import NoShelves, Opener, ShelfSource
+from udedup.vdi.shelf import Shelf
+from udedup.vdi.tidy import Tidier
 
 log = logging.getLogger(__name__)
 
@@ -46,30 +50,46 @@ PREPARE_SECONDS: Final = 10.0
 RELEASE_SECONDS: Final = 1.0
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Handle:
     """One open file."""
 
     image: Image
     """What is open."""
-    pid: int
-    """Process that opened it; those it has forked share it. 0 if unknown."""
+    opener: Opener
+    """Process that opened it; those it has forked share it."""
+    direct: bool
+    """Whether its reads pass by the kernel's page cache."""
+    own: bool
+    """Whether we opened it ourselves."""
+    shelf: Shelf | None = None
+    """What it may be served from."""
+    asked: int = -1
+    """The turn of the shelves when it was last asked for."""
+
+    @property
+    def pid(self) -> int:
+        """Of the opener. 0 if unknown."""
+        return self.opener.pid
 
 
 class ImageFilesystem(pyfuse3.Operations):
     """Answers the kernel's requests. Handlers raise FUSEError only; what else they raise ends the mount."""
 
-    def __init__(self, images: Images, on_read: OnRead, *, allow_other: bool) -> None:
+    def __init__(self, images: Images, on_read: OnRead, shelves: ShelfSource, *, allow_other: bool) -> None:
         super().__init__()
+        self.tidier = Tidier(images, self._among_friends)
         self.handles: dict[int, Handle] = {}
         self._images = images
         self._on_read = on_read
+        self._shelves = shelves
         self._allow_other = allow_other
         self._numbers = itertools.count(1)
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         # Every answer from the page cache is built here. That is safe because pyfuse3 hands the returned view to the
         # kernel before it gives up control.
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
+        self._room = ffi.from_buffer(self._buffer)
 
     async def watch(self) -> None:
         """Examines images that are being read until cancelled.
@@ -131,13 +151,18 @@ class ImageFilesystem(pyfuse3.Operations):
         image = self._image(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
-        handle = Handle(image, process_of(ctx.pid))
+        handle = Handle(
+            image,
+            Opener.of(process_of(ctx.pid), ctx.uid),
+            direct=bool(flags & os.O_DIRECT),
+            own=ctx.pid in self.tidier.threads,
+        )
         # Counts from now on: while it is examined nobody may take it out of the mount.
-        image.openers[handle.pid] += 1
+        image.opened_by(handle.pid, direct=handle.direct)
         try:
             await examine(image, self._limiter)
         except BaseException:
-            image.closed_by(handle.pid)
+            image.closed_by(handle.pid, direct=handle.direct)
             raise
         number = next(self._numbers)
         self.handles[number] = handle
@@ -149,7 +174,7 @@ class ImageFilesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         handle = self.handles.pop(fh)
-        handle.image.closed_by(handle.pid)
+        handle.image.closed_by(handle.pid, direct=handle.direct)
 
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         """The bytes asked for, fewer only at the end of the image.
@@ -164,6 +189,9 @@ class ImageFilesystem(pyfuse3.Operations):
         if size <= 0:
             return b""
         image.touched = True
+        shelf = handle.shelf or self._find_shelf(handle)
+        if shelf is not None:
+            return await self._read_with(shelf, handle, off, size)
         generation = image.generation
         data: bytes | memoryview = self._buffer[:size]
         try:
@@ -176,9 +204,60 @@ class ImageFilesystem(pyfuse3.Operations):
         # Digests of what was read before a change was noticed must not outlive it.
         if generation == image.generation:
             first, count = image.note_digests(off, data)
-            if count:
+            if count and not handle.own:
                 self._on_read(image, first, count, handle.pid)
         return data
+
+    async def _read_with(self, shelf: Shelf, handle: Handle, off: int, size: int) -> bytes | memoryview:
+        """:meth:`read` for somebody in a trust domain: what its store has, which is on ``shelf``, is not read anew."""
+        image = handle.image
+        generation = image.generation
+        taken = shelf.take(off, size, self._room)
+        if taken is not None and taken.data is not None:
+            data: bytes | memoryview = taken.data
+            epoch = taken.epoch
+            first, count = blocks_within(off, size)
+        else:
+            gaps = ((0, size),) if taken is None else taken.gaps
+            epoch = image.watch.epoch if taken is None else taken.epoch
+            try:
+                data = await self._fill(image, off, size, gaps)
+            except OSError as error:
+                fail(image, error)
+            if generation != image.generation:
+                return data
+            first, count = image.note_digests(off, data)
+            shelf.put(first, count, data, first * BLOCK_BYTES - off, epoch)
+        if count:
+            self._on_read(image, first, count, handle.pid)
+            if not handle.direct:
+                self.tidier.served(image, shelf, first, count, epoch)
+        return data
+
+    async def _fill(self, image: Image, off: int, size: int, gaps: Sequence[tuple[int, int]]) -> memoryview:
+        """Reads ``gaps`` of a read whose other bytes are in the buffer, and returns all. Raises OSError."""
+        if all(image.read_cached(self._buffer[start:end], off + start) for start, end in gaps):
+            return self._buffer[:size]
+        # Others will use the buffer while this one waits for the disk.
+        view = memoryview(bytearray(self._buffer[:size]))
+        await trio.to_thread.run_sync(image.read_gaps, view, off, gaps, abandon_on_cancel=True, limiter=self._limiter)
+        return view
+
+    def _find_shelf(self, handle: Handle) -> Shelf | None:
+        """Looks for the shelf of one who has none so far, unless nobody has joined since it was last looked for."""
+        turn = self._shelves.turn
+        if handle.asked != turn and not handle.own:
+            handle.asked = turn
+            handle.shelf = self._shelves.find(handle.image, handle.opener)
+        return handle.shelf
+
+    def _among_friends(self, image: Image, shelf: Shelf) -> bool:
+        """Whether only those have ``image`` open who may know what is on ``shelf``."""
+        handles = [handle for handle in self.handles.values() if handle.image is image and not handle.own]
+        return all(
+            found is shelf or (found is None and self._shelves.may_know_all(handle.opener.uid))
+            for handle, found in ((handle, self._find_shelf(handle)) for handle in handles)
+        )
 
     def _image(self, inode: int) -> Image:
         image = self._images.by_inode.get(inode)
@@ -276,6 +355,7 @@ async def serve(
     images: Images,
     on_read: OnRead,
     *,
+    shelves: ShelfSource | None = None,
     allow_other: bool = False,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -285,13 +365,14 @@ async def serve(
     called in the loop's thread for every read that covers whole blocks, after their digests are in the image's table
     and right before the reader gets the data; ``pid`` is the process that opened the file. Returns, with a warning
     logged, if somebody unmounts. With ``allow_other`` other users may read what the image files' permissions let
-    them read; off, the engine's user only. Raises UdedupError if the mount can't be made.
+    them read; off, the engine's user only. ``shelves`` says who may be served from a store. Raises UdedupError if the
+    mount can't be made.
 
     A process can have one mount (pyfuse3 keeps it in module state).
     """
     await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
     directory = await prepare(mountpoint)
-    filesystem = ImageFilesystem(images, on_read, allow_other=allow_other)
+    filesystem = ImageFilesystem(images, on_read, shelves or NoShelves(), allow_other=allow_other)
     async with images.keeping():
         await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
 
@@ -310,6 +391,7 @@ async def serve_session(
             nursery.start_soon(filesystem.watch)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
+            nursery.start_soon(filesystem.tidier.run, directory)
             try:
                 task_status.started(images.mount_device)
                 await trio.sleep_forever()

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,7 @@ from udedup.vdi.formats.probe import Opened, Opening, open_chain
 from udedup.vdi.formats.raw import RawFile
 from udedup.vdi.keeping import Kept
 from udedup.vdi.paths import file_size
+from udedup.vdi.shelf import Watch
 from udedup.vdi.sidecar import FileIdentity, Identity, digest_of_path
 from udedup.vdi.state import StateDirectory
 
@@ -82,15 +83,21 @@ class Image:
         """Read since this was last set to False."""
         self.generation = 0
         """How often the digests have been dropped."""
+        self.direct_opens = 0
+        """How many of the open files pass by the mount's page cache."""
         self.openers: Counter[int] = Counter()
         """How many open files it has in the mount, by the process that opened them."""
         self._layer = opened.layer
         self._files = opened.files
         self.size = opened.layer.size
         """Bytes of the disk, as of when the image was added."""
+        self.watch = Watch([file.descriptor for file in opened.files])
+        """Tells at once whether the files have changed."""
         self._stamp = self.examine()
         self._reported: set[str] = set()
-        self._table = DigestTable(self.size // BLOCK_BYTES)
+        self.blocks = self.size // BLOCK_BYTES
+        """Whole ones."""
+        self._table = DigestTable(self.blocks)
         self.digests = self._table.memory
         """16 bytes per whole 4 KiB block, see :class:`DigestTable`. A last partial block has none."""
         self.kept: Kept | None = None
@@ -186,14 +193,18 @@ class Image:
         for file in self._files:
             os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NOREUSE)
 
+    def read_gaps(self, view: memoryview, offset: int, gaps: Sequence[tuple[int, int]]) -> None:
+        """Fills the bytes [start, end) of ``view``, which begins at byte ``offset``, as :meth:`read` would."""
+        for start, end in gaps:
+            self._layer.read_into(view[start:end], offset + start)
+
     def note_digests(self, offset: int, data: bytes | memoryview) -> tuple[int, int]:
         """Sees to it that the whole blocks within ``data``, read at byte ``offset``, have digests.
 
         Returns the first such block and their number, which is 0 if ``data`` covers none.
         """
-        first = -(-offset // BLOCK_BYTES)
-        count = (offset + len(data)) // BLOCK_BYTES - first
-        if count <= 0:
+        first, count = blocks_within(offset, len(data))
+        if not count:
             return first, 0
         if not self._table.known(first, count):
             if self.kept is not None:
@@ -224,11 +235,27 @@ class Image:
         if not stamp.in_place:
             self.report("moved", "is no longer at its path: the file that was opened goes on being served")
 
-    def closed_by(self, pid: int) -> None:
+    def opened_by(self, pid: int, *, direct: bool) -> None:
+        """One open file more."""
+        self.openers[pid] += 1
+        self.direct_opens += direct
+        self._pass_on()
+
+    def closed_by(self, pid: int, *, direct: bool) -> None:
         """One open file fewer."""
+        self.direct_opens -= direct
+        self._pass_on()
         self.openers[pid] -= 1
         if not self.openers[pid]:
             del self.openers[pid]
+
+    def _pass_on(self) -> None:
+        """Has the files themselves cached by the kernel while, and only while, there is a reader whom that serves.
+
+        What others read is in the mount's page cache, and twice would be one copy too many.
+        """
+        for file in self._files:
+            file.passing = not self.direct_opens
 
     def report(self, topic: str, text: str) -> None:
         """Logs a warning about this image, once per topic."""
@@ -239,6 +266,12 @@ class Image:
     def close(self) -> None:
         """Closes the files. Nothing can be read any more."""
         self._layer.close()
+
+
+def blocks_within(offset: int, size: int) -> tuple[int, int]:
+    """The first of the whole blocks in a read, and their number, which may be 0."""
+    first = -(-offset // BLOCK_BYTES)
+    return first, max((offset + size) // BLOCK_BYTES - first, 0)
 
 
 def examine_file(file: RawFile) -> tuple[FileStamp, bool]:
