@@ -203,6 +203,29 @@ void udd_files_restore(struct udd_span span, bool forced)
 	udd_publish_runs();
 }
 
+uint64_t udd_files_unmerge(uint64_t inode)
+{
+	struct udd_live *live = udd_live();
+	uint64_t pages = 0;
+
+	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
+		struct udd_file *file = &udd_agent.files[i];
+		struct udd_span span = {0, 0};
+		uint64_t started;
+
+		udd_worker_lock_patiently(&started);
+		if (file->inode == inode && file->device == live->mount_dev && (file->mergeable || file->references)) {
+			span = file->span;
+			file->mergeable = 0;
+			udd_stale_note(live->stale, &live->stale_count, span, UDD_STALE_CHANGED);
+		}
+		udd_worker_unlock(started);
+		if (!udd_span_empty(span))
+			pages += udd_unmerge(span);
+	}
+	return pages;
+}
+
 void udd_files_open(struct udd_span span)
 {
 	for (struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span)) {

@@ -14,7 +14,7 @@
 // Merged, they need no userfaultfd either. A debugger that writes into one gets a private copy from the kernel, as it would in
 // the file's mapping.
 //
-// Does no locking: all under the map lock.
+// Does no locking: all under the map lock, unless said otherwise.
 #ifndef UDD_FILES_H
 #define UDD_FILES_H
 
@@ -54,6 +54,9 @@ void udd_file_map_back(uint32_t file, struct udd_span span);
 // Puts the file back in place of merged pages of `span`. Not those of a file whose server is gone, unless `forced`: what is
 // merged can at least be read.
 void udd_files_restore(struct udd_span span, bool forced);
+// The file on the mount with this inode may have changed: puts it back wherever it was merged, which it is no more in these
+// mappings. Returns the number of pages. The worker, without the lock.
+uint64_t udd_files_unmerge(uint64_t inode);
 // Merged pages of files in `span` may be written to from now on: the kernel breaks them in place, unseen.
 void udd_files_open(struct udd_span span);
 // Bit i: page i of [address, address + pages) can be read and has these contents, which are not all zeros. `pages` is at most

@@ -29,6 +29,7 @@
 #include "merged.h"
 #include "patch.h"
 #include "remap.h"
+#include "rings.h"
 #include "sys.h"
 
 #ifndef MADV_GUARD_INSTALL
@@ -179,9 +180,10 @@ static long call_mmap(const long *arguments)
 }
 
 // Mappings of files that can be merged are remembered. Nobody else knows this one yet.
-static void note_file(struct udd_span span, int protection, int flags, int fd)
+static void note_file(struct udd_span span, int protection, int flags, int fd, uint64_t offset)
 {
 	struct udd_file file;
+	struct udd_source source;
 	uint64_t mask;
 
 	live_here();
@@ -191,6 +193,8 @@ static void note_file(struct udd_span span, int protection, int flags, int fd)
 	enter_exclusive(&mask);
 	udd_file_add(&file);
 	leave_exclusive(&mask);
+	source = (struct udd_source){.inode = file.inode, .offset = offset, .on_mount = true};
+	udd_hint_push(udd_pointer(span.start), span.end - span.start, UDD_HINT_MAPPED, &source);
 }
 
 static void *hook_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
@@ -212,7 +216,7 @@ static void *hook_mmap(void *address, size_t length, int protection, int flags, 
 		note_mapped();
 	}
 	if (!udd_failed(ret) && fd >= 0)
-		note_file(span_of(udd_pointer((uint64_t)ret), length), protection, flags, fd);
+		note_file(span_of(udd_pointer((uint64_t)ret), length), protection, flags, fd, (uint64_t)offset);
 	if ((flags & MAP_STACK) && !udd_failed(ret)) {
 		enter();
 		note_change(span_of((void *)ret, length), UDD_STALE_STACK);
@@ -668,9 +672,10 @@ static void note_remap(struct udd_span from, long ret, size_t new_length)
 // mremap() of no length. What can't be made the file's again can't be had a second time either.
 static long copy_mapping(struct udd_span from, struct udd_span to, const long *arguments)
 {
+	const struct udd_run_entry *run = udd_runs_first(&udd_agent.runs, from);
 	long ret;
 
-	if (udd_merged_in(from))
+	if (run && run->file)
 		return -ENOMEM;
 	ret = udd_syscall6(SYS_mremap, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], 0);
 	if (!udd_failed(ret))
@@ -797,7 +802,7 @@ static const struct {
 	const char *reports;
 } hooks[] = {
 	{"munmap", HOOK(hook_munmap), NULL, LOCK_MAP, "runs that are gone"},
-	{"mmap", HOOK(hook_mmap), NULL, LOCK_MAP, "runs that are replaced, thread stacks"},
+	{"mmap", HOOK(hook_mmap), NULL, LOCK_MAP, "runs that are replaced, thread stacks, mapped images"},
 	{"mremap", HOOK(hook_mremap), NULL, LOCK_MAP, "runs that move"},
 	{"brk", HOOK(hook_brk), NULL, LOCK_MAP, "runs that are gone"},
 	{"shmat", HOOK(hook_shmat), NULL, LOCK_MAP, "runs that are replaced"},

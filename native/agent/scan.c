@@ -273,6 +273,12 @@ static bool known(struct udd_span span)
 	return candidate && !candidate->stale && candidate->start <= span.start && span.end <= candidate->end;
 }
 
+void udd_refresh_layout_of(struct udd_span span)
+{
+	if (!known(span))
+		udd_refresh_layout();
+}
+
 void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, struct udd_reports *ret,
 	       struct udd_report *reports)
 {
@@ -281,8 +287,7 @@ void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uin
 		struct udd_span span = {udd_page_down(ranges[i].address),
 					udd_page_down(ranges[i].address) + udd_bytes(udd_min(ranges[i].pages, UDD_REPORTS_MAX))};
 
-		if (!known(span))
-			udd_refresh_layout();
+		udd_refresh_layout_of(span);
 		visit_range(state, span, ret, reports);
 	}
 }

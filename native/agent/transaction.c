@@ -42,6 +42,7 @@
 
 #include "fault.h"
 #include "merged.h"
+#include "scan.h"
 #include "segments.h"
 #include "sys.h"
 #include "userfault.h"
@@ -721,6 +722,7 @@ void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 		ret->no_vma = all;
 		return;
 	}
+	udd_refresh_layout_of((struct udd_span){run->address, run->address + udd_bytes(run->pages)});
 	if (is_about_files(run))
 		tx.same = udd_file_compare(run->address, run->pages, udd_agent.segments[segment].pages + udd_bytes(run->slot));
 	if (!staging_take(&tx, run->pages) || !udd_worker_lock(&started)) {

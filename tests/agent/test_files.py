@@ -135,3 +135,43 @@ def test_unmerged_they_are_the_file_again(
     print("", file=process.stdin, flush=True)
     assert process.wait(PATIENCE) == 0
     assert engine.stop() == 0
+
+
+def test_faults_are_hints_with_addresses(
+    images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
+) -> None:
+    """Nothing else could merge this soon: a round of the linear scan would take minutes."""
+    pace = ("--policy", "xlh", "--sleep-millisecs", "1000", "--pages-to-scan", "200")
+    engine = start_engine(tmp_path, ledger, *pace, images=images)
+    process = Wrapper(engine, ledger).start(
+        program, "faults", "private", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    status = engine.status()
+    assert status["hints"]["merged"] >= PAGES
+    assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0
+
+
+def test_an_image_that_changes_is_the_file_again(
+    images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
+) -> None:
+    files = {name: tmp_path / name for name in images}
+    for name, path in files.items():
+        path.write_bytes(images[name].read_bytes())
+    engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=files)
+    process = Wrapper(engine, ledger).start(
+        program, "changes", "shared", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    content = bytearray(files["a.img"].read_bytes())
+    content[5 * PAGE : 6 * PAGE] = bytes(range(16)) * (PAGE // 16)
+    with files["a.img"].open("r+b") as file:
+        file.write(content)
+    print("", file=process.stdin, flush=True)
+    assert read_line(process.stdout, PATIENCE) == "the file again\n"
+    assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0

@@ -412,6 +412,7 @@ class Engine:
         from udedup.vdi.images import Images
 
         self.images = Images()
+        self.images.on_changed = self._distrust
         opening = self._opening(self.config.image_format, self.config.secret_file)
         for name, path in self.config.images:
             self._watch(self.images.add(path, name, opening))
@@ -425,9 +426,17 @@ class Engine:
     def _watch(self, image: "Image") -> None:
         self.hints.add_image(image.inode, image.digests, image.size)
 
+    def _distrust(self, image: "Image") -> None:
+        for agent in self.agents:
+            agent.distrust(image.inode)
+
     def on_read(self, image: "Image", first_block: int, blocks: int, pid: int) -> None:
-        """A content hint. Its digests are in the image's table, where the reader's place hint will find them."""
+        """A content hint. Its digests are in the image's table, where the reader's place hint will find them.
+
+        A page fault comes with no place hint: where the reader has the image mapped is known.
+        """
         self.counters.hints_content += blocks
+        self.rounds.image_read(pid, image.inode, first_block, blocks)
 
     # ---- the end ----
 

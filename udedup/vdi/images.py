@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -194,6 +194,8 @@ class Images:
         self._lock = threading.Lock()
         # Never used again: the kernel may remember one for a while.
         self._inodes = itertools.count(FIRST_INODE)
+        self.on_changed: Callable[[Image], None] = ignore
+        """Told of images whose files have changed while mounted."""
 
     def __iter__(self) -> Iterator[Image]:
         return iter(list(self.by_inode.values()))
@@ -264,6 +266,10 @@ class Images:
             image.close()
         self.by_inode.clear()
         self.by_name.clear()
+
+
+def ignore(_image: Image) -> None:
+    """Nobody wants to know."""
 
 
 def shown_name(path: Path, format_: str) -> str:

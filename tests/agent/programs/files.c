@@ -459,6 +459,53 @@ static void without_an_engine(void)
 	check(right(at[1]));
 }
 
+// Read for the first time by page faults.
+static void faults(void)
+{
+	char *at[2];
+	double deadline = seconds() + PATIENCE_SECONDS;
+	size_t missing = 1;
+
+	await_agent();
+	for (int image = 0; image < 2; image++) {
+		at[image] = map_image(image);
+		for (size_t i = 0; i < PAGES; i++)
+			check(touch(at[image] + i * PAGE, false) == 0);
+	}
+	while (missing) {
+		check(seconds() < deadline && "merged in time");
+		breathe();
+		missing = 2 * PAGES - count_store(at[0], PAGES) - count_store(at[1], PAGES);
+	}
+	read_image(0);
+	check(right(at[0]) && right(at[1]));
+	puts("merged");
+	fflush(stdout);
+	breathe();
+}
+
+// Waits until the first image is nowhere merged any more; the second one still is.
+static void changes(void)
+{
+	double deadline = seconds() + PATIENCE_SECONDS;
+	char *at[2];
+	char line[16];
+
+	both(at);
+	puts("merged");
+	fflush(stdout);
+	check(fgets(line, sizeof(line), stdin));
+	while (count_store(at[0], PAGES)) {
+		check(seconds() < deadline && "given back in time");
+		breathe();
+	}
+	check(count_store(at[1], PAGES) == PAGES);
+	await_agent();
+	check(right(at[1]));
+	puts("the file again");
+	fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct test_case cases[] = {
@@ -475,6 +522,8 @@ int main(int argc, char **argv)
 		{"written-by-a-debugger", written_by_a_debugger},
 		{"locked", locked},
 		{"without-an-engine", without_an_engine},
+		{"faults", faults},
+		{"changes", changes},
 	};
 
 	check(argc == 5);
