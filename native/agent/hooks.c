@@ -193,6 +193,8 @@ static void note_file(struct udd_span span, int protection, int flags, int fd, u
 	enter_exclusive(&mask);
 	udd_file_add(&file);
 	leave_exclusive(&mask);
+	// The layout may have been read since it was mapped, but before it was known.
+	note_mapped();
 	source = (struct udd_source){.inode = file.inode, .offset = offset, .on_mount = true};
 	udd_hint_push(udd_pointer(span.start), span.end - span.start, UDD_HINT_MAPPED, &source);
 }

@@ -390,13 +390,16 @@ static void *meddle(void *argument)
 		struct timespec pause = {.tv_nsec = (long)draw(owner, 20000000)};
 		size_t page = draw(owner, image_pages - 8);
 		char *at = (char *)steady + page * PAGE;
-		unsigned operation = draw(owner, 3);
+		unsigned operation = draw(owner, 4);
 
 		if (operation == 0) {
 			check(madvise(at, 8 * PAGE, MADV_DONTNEED) == 0);
 		} else if (operation == 1) {
 			check(mprotect(at, 8 * PAGE, protections[draw(owner, 3)]) == 0);
 			check(mprotect(at, 8 * PAGE, PROT_READ) == 0);
+		} else if (operation == 2) {
+			// All of it: what has been protected otherwise in the meantime is not merged again.
+			check(mmap((char *)steady, image_pages * PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, images[0], 0) == steady);
 		} else {
 			check(mmap(at, 8 * PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, images[0], (off_t)(page * PAGE)) == at);
 		}
