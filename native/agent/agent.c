@@ -86,6 +86,7 @@ static int reserve(void)
 		{(void **)&agent->worker_stack, UDD_STACK_BYTES, true, false},
 		{(void **)&agent->fault_stack, UDD_STACK_BYTES, true, false},
 		{(void **)&agent->tls, 2UL * UDD_PAGE_SIZE, true, false},
+		{(void **)&agent->file_pages, udd_bytes(UDD_RUN_MAX), true, false},
 		{(void **)&agent->message, (uint64_t)UDD_MESSAGE_BYTES * UDD_MESSAGE_BUFFERS, true, false},
 		{(void **)&agent->segments, UDD_SEGMENTS_MAX * sizeof(struct udd_segment_map), true, false},
 		{(void **)&agent->staging, udd_bytes(UDD_STAGING_PAGES), true, true},

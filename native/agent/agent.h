@@ -12,6 +12,7 @@
 #include <stdbool.h>
 
 #include "../common/wire.h"
+#include "files.h"
 #include "layout.h"
 #include "lock.h"
 #include "marks.h"
@@ -123,10 +124,13 @@ struct udd_agent {
 	char *tls;                 // one page per thread, in place of libc's thread control block
 	char *staging;             // UDD_STAGING_PAGES, where frozen pages wait
 	char *blank;               // UDD_STAGING_PAGES, where private copies are made (dissolve)
+	char *file_pages;          // UDD_RUN_MAX, copies of a file's pages to be compared. The worker's own.
 	char *message;             // the worker's message buffers
 	struct udd_runs runs;      // merged runs. Under the map lock.
 	bool dissolved;            // merged memory became private again: mappings may be cut in several. Under the map lock.
 	uint64_t run_pages;        // pages in all runs, broken ones too. Under the map lock.
+	struct udd_file files[UDD_FILES_MAX]; // mappings of files. Under the map lock.
+	uint32_t files_used;       // slots of it that were ever used
 	struct udd_layout layout;  // candidates. The worker's own.
 	struct udd_marks marks;    // checksums of pages. The worker's own.
 	struct udd_segment_map *segments; // UDD_SEGMENTS_MAX

@@ -24,6 +24,7 @@ struct batch {
 	uint64_t addresses[BATCH];
 	uint32_t count;
 	uint64_t huge; // bit mask: those that lie in a transparent huge page
+	bool file;     // they are a file's, and can't change
 };
 
 // Only if it has changed, and no more often than it is worth.
@@ -49,6 +50,7 @@ void udd_refresh_layout(void)
 	if (!udd_worker_lock(&started))
 		return;
 	__atomic_store_n(&udd_live()->mapped, 0, __ATOMIC_RELAXED);
+	udd_layout_note_files(layout);
 	udd_worker_unlock(started);
 	udd_layout_read(layout, udd_agent.arena);
 	udd_marks_sweep(&udd_agent.marks, layout);
@@ -64,9 +66,9 @@ static uint32_t copy_out(const struct udd_scan_state *state, uint64_t address, u
 	return udd_failed(got) ? 0 : (uint32_t)udd_pages((uint64_t)got);
 }
 
-// Present pages of `span` that are neither zero-mapped nor a file's. Returns the number of regions, each with
-// PAGE_IS_HUGE among its categories or without; *end is how far it looked.
-static long find_present(struct udd_span span, uint64_t pages, struct page_region *regions, uint64_t *end)
+// Present pages of `span` that are not zero-mapped, and a file's if that is what it is, else not a file's. Returns the number
+// of regions, each with PAGE_IS_HUGE among its categories or without; *end is how far it looked.
+static long find_present(struct udd_span span, uint64_t pages, bool file, struct page_region *regions, uint64_t *end)
 {
 	struct pm_scan_arg arg = {
 		.size = sizeof(arg),
@@ -75,7 +77,7 @@ static long find_present(struct udd_span span, uint64_t pages, struct page_regio
 		.vec = (uint64_t)(uintptr_t)regions,
 		.vec_len = REGIONS,
 		.max_pages = pages,
-		.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+		.category_inverted = PAGE_IS_PFNZERO | (file ? 0 : PAGE_IS_FILE),
 		.category_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO | PAGE_IS_FILE,
 		.return_mask = PAGE_IS_PRESENT | PAGE_IS_HUGE,
 	};
@@ -214,8 +216,8 @@ static void report_batch(struct udd_scan_state *state, const struct batch *batch
 		struct udd_digest digest = udd_digest_page(page);
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value = udd_mark_of(digest.low);
-		// Without a mark only what is hinted comes here; with one of a part, that was the same a moment ago.
-		bool kept = hinted || udd_mark_age(*mark) == 0 || udd_mark_has(*mark, value);
+		// Without a mark only what is hinted, or a file's, comes here; with one of a part, that was the same a moment ago.
+		bool kept = hinted || batch->file || udd_mark_age(*mark) == 0 || udd_mark_has(*mark, value);
 		bool zero = page[0] == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) == 0;
 
 		ret->visited++;
@@ -224,7 +226,7 @@ static void report_batch(struct udd_scan_state *state, const struct batch *batch
 				     kept ? udd_mark_after(*mark, value) : mark_of_part(page + part_of(batch->addresses[i])));
 		if (!kept) {
 			ret->changed++;
-		} else if (zero && !(state->flags & UDD_CONFIG_ZERO_PAGES)) {
+		} else if (zero && (batch->file || !(state->flags & UDD_CONFIG_ZERO_PAGES))) {
 			continue;
 		} else if (zero && !(kept_zeros >> i & 1)) {
 			zero_addresses[zero_count++] = batch->addresses[i];
@@ -274,15 +276,36 @@ static void take_in(struct udd_span part, bool huge, struct batch *batch)
 	}
 }
 
+// The first part of `span` that is not merged; empty if what is merged comes first, and then it ends where that does. To the
+// kernel, merged pages are a file's too.
+static struct udd_span first_unmerged(struct udd_span span)
+{
+	struct udd_lock *lock = &udd_live()->lock;
+	const struct udd_run_entry *run;
+
+	udd_lock_shared(lock);
+	run = udd_runs_first(&udd_agent.runs, span);
+	if (run && run->address <= span.start)
+		span.start = span.end = udd_min(span.end, udd_run_span(run).end);
+	else if (run)
+		span.end = run->address;
+	udd_unlock_shared(lock);
+	return span;
+}
+
 // Looks at up to `pages` present pages of `span`, which lies in one candidate. Returns how far it came.
-static uint64_t look_at(struct udd_scan_state *state, struct udd_span span, uint32_t pages, bool hinted,
+static uint64_t look_at(struct udd_scan_state *state, struct udd_span span, bool file, uint32_t pages, bool hinted,
 			struct udd_reports *ret, struct udd_report *reports)
 {
 	struct page_region regions[REGIONS];
-	struct batch batch = {.first = state->copies};
+	struct batch batch = {.first = state->copies, .file = file};
 	uint64_t end;
 	bool smart = !hinted && state->flags & UDD_CONFIG_SMART_SCAN;
-	long found = find_present(span, udd_min(pages, BATCH), regions, &end);
+	long found;
+
+	if (file && udd_span_empty(span = first_unmerged(span)))
+		return span.end;
+	found = find_present(span, udd_min(pages, BATCH), file, regions, &end);
 
 	for (long i = 0; i < found; i++) {
 		struct udd_span region = {regions[i].start, regions[i].end};
@@ -290,7 +313,8 @@ static uint64_t look_at(struct udd_scan_state *state, struct udd_span span, uint
 		for (struct udd_span part; next_part(&region, smart, &part, &ret->header.value);)
 			take_in(part, regions[i].categories & PAGE_IS_HUGE, &batch);
 	}
-	if (!hinted)
+	// A file's pages don't change.
+	if (!hinted && !file)
 		look_at_parts(state, &batch, ret);
 	copy_batch(state, &batch);
 	report_batch(state, &batch, hinted, ret, reports);
@@ -315,8 +339,9 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 		}
 		span = (struct udd_span){udd_max(state->cursor, candidate->start), candidate->end};
 		state->cursor = candidate->stale ? candidate->end
-						 : look_at(state, span, udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies),
-							   false, ret, reports);
+						 : look_at(state, span, candidate->file,
+							   udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies), false,
+							   ret, reports);
 	}
 }
 
@@ -330,7 +355,7 @@ static void visit_range(struct udd_scan_state *state, struct udd_span span, stru
 			return;
 		inside = udd_span_clip(span, (struct udd_span){candidate->start, candidate->end});
 		span.start = candidate->stale ? candidate->end
-					      : look_at(state, inside, UDD_REPORTS_MAX - ret->visited, true, ret, reports);
+					      : look_at(state, inside, candidate->file, UDD_REPORTS_MAX - ret->visited, true, ret, reports);
 	}
 }
 
@@ -342,6 +367,12 @@ static bool known(struct udd_span span)
 	return candidate && !candidate->stale && candidate->start <= span.start && span.end <= candidate->end;
 }
 
+void udd_refresh_layout_of(struct udd_span span)
+{
+	if (!known(span))
+		udd_refresh_layout();
+}
+
 void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, struct udd_reports *ret,
 	       struct udd_report *reports)
 {
@@ -350,8 +381,7 @@ void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uin
 		struct udd_span span = {udd_page_down(ranges[i].address),
 					udd_page_down(ranges[i].address) + udd_bytes(udd_min(ranges[i].pages, UDD_REPORTS_MAX))};
 
-		if (!known(span))
-			udd_refresh_layout();
+		udd_refresh_layout_of(span);
 		visit_range(state, span, ret, reports);
 	}
 }
@@ -364,7 +394,7 @@ void udd_find_huge(const uint64_t *addresses, uint32_t count, uint64_t huge[UDD_
 		struct page_region regions[REGIONS];
 		uint64_t end;
 
-		if (find_present(page, 1, regions, &end) == 1 && regions[0].categories & PAGE_IS_HUGE)
+		if (find_present(page, 1, false, regions, &end) == 1 && regions[0].categories & PAGE_IS_HUGE)
 			huge[i / 64] |= 1UL << i % 64;
 	}
 }

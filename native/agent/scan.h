@@ -29,5 +29,7 @@ void udd_copy(struct udd_scan_state *state, const struct udd_range *ranges, uint
 void udd_find_huge(const uint64_t *addresses, uint32_t count, uint64_t huge[UDD_ITEMS_MAX / 64]);
 // Reads the layout anew, if the last reading is long enough ago for what it costs.
 void udd_refresh_layout(void);
+// The same, if it does not know all of `span`: what is asked for may be younger.
+void udd_refresh_layout_of(struct udd_span span);
 
 #endif

@@ -356,7 +356,9 @@ static size_t answer_unmerge(struct worker *worker, const struct udd_header *hea
 	struct udd_header *ret = (struct udd_header *)worker->answer;
 	const struct udd_range *ranges = (const struct udd_range *)(header + 1);
 
-	if (header->count == 0)
+	if (header->count == 0 && header->value)
+		ret->value = udd_files_unmerge(header->value);
+	else if (header->count == 0)
 		ret->value = udd_unmerge((struct udd_span){0, UINT64_MAX});
 	for (uint32_t i = 0; i < header->count; i++)
 		ret->value += udd_unmerge((struct udd_span){ranges[i].address, ranges[i].address + udd_bytes(ranges[i].pages)});

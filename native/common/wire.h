@@ -83,7 +83,9 @@ enum udd_message_type {
 	UDD_VISIT = 7,
 	UDD_COPY = 8,         // count × struct udd_range: copy these pages to the copy area, in order, densely; answer: udd_copied
 	UDD_MERGE = 9,        // count × struct udd_run; answer: count × struct udd_merge_result, in the same order
-	UDD_UNMERGE = 10,     // count × struct udd_range, none = everything; answer: header.value = pages given back
+	// count × struct udd_range, none = everything; answer: header.value = pages given back. With header.value not 0, and no ranges:
+	// mappings of the file on the mount with this inode, which may have changed, and are not merged again.
+	UDD_UNMERGE = 10,
 	// struct udd_cursor; answer: up to UDD_ITEMS_MAX × struct udd_run with address ≥ cursor, ascending. With header.value 1 the
 	// engine counts references anew: at cursor 0 all drops so far are void (header.value of the answer: the drop ring's head
 	// then), and until the last answer (no items) drops are recorded only for runs that were reported.
@@ -258,6 +260,7 @@ struct udd_stats {
 enum udd_hint_flags {
 	UDD_HINT_WRITE = 1,  // the page was the source of a write (else: the target of a read)
 	UDD_HINT_ADVISE = 2, // udedup_advise()
+	UDD_HINT_MAPPED = 4, // nothing was moved: the file was mapped there, and what is read of it from now on may be its page faults
 };
 
 // Place hints: a ring that its writers overwrite. A writer takes a ticket t from `head`, writes slot t % UDD_HINT_SLOTS and

@@ -16,6 +16,8 @@
 enum {
 	// Agent numbers are 1 … UDD_AGENT_NUMBERS - 1: what fits beside a page number and a round stamp in 64 bits.
 	UDD_AGENT_NUMBERS = 1048576,
+	// Mappings of images that are remembered of one agent.
+	UDD_MAPPINGS_MAX = 64,
 	// Buckets of the lead time histogram: 4 per power of two nanoseconds.
 	UDD_LEAD_BUCKETS = 256,
 };
@@ -127,6 +129,10 @@ void udd_hints_remove_image(struct udd_hints *hints, uint64_t inode);
 // Puts a hint on top. inode 0: not on the udedup mount. Returns the number of pages meant.
 int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address, uint64_t length, uint64_t inode,
 		       uint64_t offset, uint64_t nanoseconds);
+// Blocks [block, block + blocks) of an image were read: hints on the pages where the agent has them mapped, as far as its last
+// UDD_MAPPINGS_MAX hints of that kind say. Returns their number.
+int64_t udd_hints_read(struct udd_hints *hints, uint32_t agent, uint64_t inode, uint64_t block, uint64_t blocks,
+		       uint64_t nanoseconds);
 // Takes up to `pages` pages from an agent's ring onto the stack; `arm`: ask for a doorbell once there is more. Returns 1 if
 // something is left, 0 if not.
 int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_ring *ring, struct udd_hint_reader *reader,

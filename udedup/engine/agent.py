@@ -223,6 +223,8 @@ class Agent:
         self._published_since = -math.inf
         self._offered: list[Targets] = []
         """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
+        self._distrusted: set[int] = set()
+        """Inodes of images that have changed, which it does not know yet."""
         self._working = False
         # One that comes back may still have a ring to pass on that the engine before had asked for.
         self._arms = int(bool(hello.flags & lib.UDD_HELLO_REJOIN))
@@ -326,6 +328,7 @@ class Agent:
             async for job in self._todo:
                 self._working = True
                 try:
+                    await self._restore_files()
                     await job.redeem()
                 except OSError as error:
                     if not self._shortage.explains(error, f"work with {self} is put off"):
@@ -652,6 +655,17 @@ class Agent:
         # It had this segment from an earlier engine, and runs in it.
         self._uncounted = self._uncounted or answer.value == 1
         return True
+
+    def distrust(self, inode: int) -> None:
+        """An image of the mount has changed: it must not be merged in mappings of its file any more."""
+        self._distrusted.add(inode)
+        # Unless others wait, and then it is done before the next of them.
+        self.submit(self._restore_files)
+
+    async def _restore_files(self) -> None:
+        while self._distrusted:
+            await self._link.request(lib.UDD_UNMERGE, value=self._distrusted.pop(), seconds=UNMERGE_SECONDS)
+            self._drain()
 
     async def unmerge(self) -> int:
         """Gives it private memory back everywhere; returns the number of pages. Raises AgentError."""

@@ -44,6 +44,8 @@ class Rounds:
         """``width``: agents scanned at a time."""
         self.agents: dict[int, Agent] = {}
         """By number; kept by the server."""
+        self._numbers: dict[int, set[int]] = {}
+        """Of agents, by process."""
         self._counters = counters
         self._hints = hints
         self._width = width
@@ -65,12 +67,17 @@ class Rounds:
     def joined(self, agent: Agent) -> None:
         """Takes part from the current round on."""
         self.agents[agent.number] = agent
+        self._numbers.setdefault(agent.peer.pid, set()).add(agent.number)
         self._due.append(agent)
         self.change()
 
     def left(self, agent: Agent) -> None:
         """Forgets it."""
         del self.agents[agent.number]
+        numbers = self._numbers[agent.peer.pid]
+        numbers.discard(agent.number)
+        if not numbers:
+            del self._numbers[agent.peer.pid]
         self._scanning.discard(agent.number)
         if agent in self._due:
             self._due.remove(agent)
@@ -83,6 +90,12 @@ class Rounds:
         """Wakes whoever waits for something to do."""
         self._changed.set()
         self._changed = trio.Event()
+
+    def image_read(self, pid: int, inode: int, block: int, blocks: int) -> None:
+        """A content hint: process ``pid`` reads blocks of an image, which it may have mapped."""
+        for number in self._numbers.get(pid, ()) if pid else ():
+            if self._hints.read(number, inode, block, blocks):
+                self.change()
 
     def offer_merge(self, targets: Targets) -> None:
         """See agent.Others."""

@@ -431,6 +431,7 @@ class Engine:
                 # Digests are hints: it all works without.
                 log.warning("digests of images are not kept: %s", error)
         self.images = Images(state)
+        self.images.on_changed = self._distrust
         opening = self._opening(self.config.image_format, self.config.secret_file)
         for name, path in self.config.images:
             self._watch(self.images.add(path, name, opening))
@@ -455,9 +456,17 @@ class Engine:
 
         return Shelves(self.rounds.agents.values, self.counters)
 
+    def _distrust(self, image: "Image") -> None:
+        for agent in self.agents:
+            agent.distrust(image.inode)
+
     def on_read(self, image: "Image", first_block: int, blocks: int, pid: int) -> None:
-        """A content hint. Its digests are in the image's table, where the reader's place hint will find them."""
+        """A content hint. Its digests are in the image's table, where the reader's place hint will find them.
+
+        A page fault comes with no place hint: where the reader has the image mapped is known.
+        """
         self.counters.hints_content += blocks
+        self.rounds.image_read(pid, image.inode, first_block, blocks)
 
     # ---- the end ----
 

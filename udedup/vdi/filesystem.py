@@ -43,6 +43,8 @@ ENTRY_SECONDS: Final = 3600.0
 ATTRIBUTE_SECONDS: Final = 1.0
 # How often the files of images that have been read are examined for changes.
 EXAMINE_SECONDS: Final = 1.0
+# Every so many times, those that are only open are examined as well.
+OPEN_TURNS: Final = 3
 # Reads that wait for disks at the same time; apart from trio's own limit, so that they can't use up the threads of the
 # rest of the engine.
 DISK_THREADS: Final = 16
@@ -92,15 +94,15 @@ class ImageFilesystem(pyfuse3.Operations):
         self._room = ffi.from_buffer(self._buffer)
 
     async def watch(self) -> None:
-        """Examines images that are being read until cancelled.
+        """Examines images that are being read, or might be in page faults that the kernel serves, until cancelled.
 
         Once a second and in a worker thread, not on every read: a stat on each costs 7% of a 4 KiB read, and no
         frequency would make digests trustworthy, since a write can follow any check (and a block device has no mtime).
         """
-        while True:
+        for turn in itertools.count(1):
             await trio.sleep(EXAMINE_SECONDS)
             for image in self._images:
-                if image.touched:
+                if image.touched or (image.openers and turn % OPEN_TURNS == 0):
                     image.touched = False
                     async with self._images.examining:
                         # It may have been taken out while others were examined.
@@ -279,6 +281,9 @@ class ImageFilesystem(pyfuse3.Operations):
         entry.st_ino = image.inode
         # Other users may read what they may read of the file itself, if they are let in at all.
         entry.st_mode = stat.S_IFREG | (image.mode & 0o444 if self._allow_other else 0o400)
+        if image.generation:
+            # Nobody can write to it here, but agents must not take it for one that stays as it is.
+            entry.st_mode |= stat.S_IWUSR
         entry.st_uid, entry.st_gid = image.owner if self._allow_other else (os.geteuid(), os.getegid())
         entry.st_size = image.size
         entry.st_blocks = -(-image.size // 512)

@@ -100,6 +100,8 @@ class Image:
         self._table = DigestTable(self.blocks)
         self.digests = self._table.memory
         """16 bytes per whole 4 KiB block, see :class:`DigestTable`. A last partial block has none."""
+        self.on_changed: Callable[[Image], None] = ignore
+        """Told when the files have changed."""
         self.kept: Kept | None = None
         """Where the digests are kept when the image isn't mounted."""
 
@@ -230,6 +232,7 @@ class Image:
             if self.kept is not None and (identity := self.identity) is not None:
                 self.kept.changed(identity)
             self.report("changed", "has changed while mounted: its digests are dropped")
+            self.on_changed(self)
         if isinstance(self._layer, RawFile) and stamp.files[0].size < self.size:
             self.report("cut", f"was cut short from {self.size} to {stamp.files[0].size} bytes: reads beyond fail")
         if not stamp.in_place:
@@ -322,6 +325,8 @@ class Images:
         self._lock = threading.Lock()
         # Never used again: the kernel may remember one for a while.
         self._inodes = itertools.count(FIRST_INODE)
+        self.on_changed: Callable[[Image], None] = ignore
+        """Told of images whose files have changed while mounted."""
 
     def __iter__(self) -> Iterator[Image]:
         return iter(list(self.by_inode.values()))
@@ -359,6 +364,7 @@ class Images:
                 raise UdedupError(f"image {path}: the name {name!r} is taken by {other}; choose another with NAME=PATH")
             try:
                 image = Image(name, path, next(self._inodes), opened)
+                image.on_changed = lambda changed: self.on_changed(changed)
             except OSError as error:
                 raise UdedupError(f"image {path}: no room for its digests: {error.strerror}") from error
             if self.state is not None:
@@ -447,6 +453,10 @@ class Images:
             image.close()
         self.by_inode.clear()
         self.by_name.clear()
+
+
+def ignore(_image: Image) -> None:
+    """Nobody wants to know."""
 
 
 def shown_name(path: Path, format_: str) -> str:

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: MIT
+#include "files.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+#include "agent.h"
+#include "merged.h"
+#include "sys.h"
+#include "transaction.h"
+
+enum {
+	WRITE_BITS = 0222,
+};
+
+// A spare doubles the addresses that a mapping takes.
+static const uint64_t SPAN_MOST = 1UL << 40;
+
+static struct udd_file *file_of(uint32_t file)
+{
+	return &udd_agent.files[file - 1];
+}
+
+bool udd_file_wanted(struct udd_span span, int protection, int flags, int fd, struct udd_file *ret)
+{
+	const int type = flags & MAP_TYPE;
+	uint64_t mount = udd_live()->mount_dev;
+	struct stat status;
+
+	if (!mount || fd < 0 || protection != PROT_READ || (flags & (MAP_ANONYMOUS | MAP_LOCKED | MAP_GROWSDOWN | MAP_HUGETLB)) ||
+	    (type != MAP_PRIVATE && type != MAP_SHARED) || udd_span_empty(span) || span.end - span.start > SPAN_MOST)
+		return false;
+	if (udd_sys(SYS_fstat, fd, &status) != 0 || status.st_dev != mount || !S_ISREG(status.st_mode) || (status.st_mode & WRITE_BITS))
+		return false;
+	*ret = (struct udd_file){
+		.span = span,
+		.device = status.st_dev,
+		.inode = status.st_ino,
+		.mergeable = 1,
+		.shared = type == MAP_SHARED,
+	};
+	return true;
+}
+
+void udd_file_add(const struct udd_file *file)
+{
+	// What was there has gone, whoever may not have said so.
+	udd_files_changed(file->span);
+	for (uint32_t i = 0; i < UDD_FILES_MAX; i++) {
+		if (udd_agent.files[i].mergeable || udd_agent.files[i].references)
+			continue;
+		udd_agent.files[i] = *file;
+		udd_agent.files_used = (uint32_t)udd_max(udd_agent.files_used, i + 1);
+		return;
+	}
+}
+
+void udd_files_changed(struct udd_span span)
+{
+	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
+		struct udd_file *file = &udd_agent.files[i];
+
+		if (udd_span_overlaps(file->span, span))
+			__atomic_store_n(&file->mergeable, 0, __ATOMIC_RELAXED);
+	}
+}
+
+// Is this page, or what was in its place, a private copy?
+static bool is_copy(uint64_t address)
+{
+	uint64_t copies;
+
+	return udd_private_copies((struct udd_span){address, address + UDD_PAGE_SIZE}, &copies) || copies;
+}
+
+// A second mapping of one page, then longer: so the application's page table loses one page, which comes back when it is used.
+static int make_spare(struct udd_file *file)
+{
+	uint64_t bytes = file->span.end - file->span.start;
+	long page;
+	long ret;
+
+	if (is_copy(file->span.start))
+		return -EBUSY;
+	page = udd_sys(SYS_mremap, file->span.start, UDD_PAGE_SIZE, UDD_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0);
+	if (udd_failed(page))
+		return (int)page;
+	if (is_copy((uint64_t)page)) {
+		// A debugger wrote to it this very moment.
+		ret = udd_sys(SYS_mremap, page, UDD_PAGE_SIZE, UDD_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, file->span.start);
+		return udd_failed(ret) ? (int)ret : -EBUSY;
+	}
+	// Nobody is to be kept from dropping the page from the page cache.
+	udd_sys(SYS_madvise, page, UDD_PAGE_SIZE, MADV_DONTNEED);
+	ret = bytes > UDD_PAGE_SIZE ? udd_sys(SYS_mremap, page, UDD_PAGE_SIZE, bytes, MREMAP_MAYMOVE) : page;
+	if (udd_failed(ret)) {
+		udd_sys(SYS_munmap, page, UDD_PAGE_SIZE);
+		return (int)ret;
+	}
+	file->spare = (uint64_t)ret;
+	return 0;
+}
+
+int udd_file_take(uint32_t number, uint32_t pages)
+{
+	struct udd_file *file = file_of(number);
+	int ret = file->spare ? 0 : make_spare(file);
+
+	if (!ret)
+		file->references += pages;
+	return ret;
+}
+
+void udd_file_put(uint32_t number, uint32_t pages)
+{
+	struct udd_file *file;
+
+	if (!number)
+		return;
+	file = file_of(number);
+	file->references -= pages;
+	if (file->references)
+		return;
+	udd_sys(SYS_munmap, file->spare, file->span.end - file->span.start);
+	file->spare = 0;
+}
+
+static int map_back(const struct udd_file *file, struct udd_span span)
+{
+	uint64_t bytes = span.end - span.start;
+	long ret = udd_sys(SYS_mremap, file->spare + (span.start - file->span.start), bytes, bytes,
+			   MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, span.start);
+
+	return udd_failed(ret) ? (int)ret : 0;
+}
+
+void udd_file_map_back(uint32_t number, struct udd_span span)
+{
+	map_back(file_of(number), span);
+}
+
+// Are the contents what was merged? If not, a debugger wrote there; or the mapping has vanished past the hooks. The kernel looks
+// whether there is one, and does nothing more.
+static bool is_merged(const struct udd_run_entry *run, struct udd_span span)
+{
+	uint64_t bytes = span.end - span.start;
+
+	return udd_sys(SYS_msync, span.start, bytes, MS_ASYNC) == 0 &&
+	       memcmp(udd_pointer(span.start), udd_store_page(run) + (span.start - run->address), bytes) == 0;
+}
+
+// One run, or a part of it that is its own now.
+static int restore(struct udd_span span)
+{
+	const struct udd_run_entry *run = udd_first_run(span);
+	uint32_t file = run->file;
+	int ret;
+
+	if (!is_merged(run, span)) {
+		udd_broke_in_place(span);
+		return 0;
+	}
+	ret = map_back(file_of(file), span);
+	if (ret)
+		return ret;
+	udd_release_run(run, 0);
+	udd_remove_runs(span);
+	udd_file_put(file, (uint32_t)udd_pages(span.end - span.start));
+	return 0;
+}
+
+static bool is_served(const struct udd_file *file)
+{
+	return udd_live()->drops && file->device == udd_live()->mount_dev;
+}
+
+static bool restorable(const struct udd_run_entry *run, bool forced)
+{
+	return run->file && !run->broken && run->protection == PROT_READ && !(run->attributes & UDD_ATTRIBUTE_LOCKED) &&
+	       (forced || is_served(file_of(run->file)));
+}
+
+void udd_files_restore(struct udd_span span, bool forced)
+{
+	int ret = 0;
+
+	while (!udd_span_empty(span) && !ret) {
+		const struct udd_run_entry *run = udd_runs_first(&udd_agent.runs, span);
+		struct udd_span piece;
+
+		if (!run)
+			break;
+		piece = udd_span_clip(udd_run_span(run), span);
+		// One page that a debugger wrote to takes no more than so many with it.
+		piece.end = udd_min(piece.end, piece.start + udd_bytes(UDD_RUN_MAX));
+		span.start = piece.end;
+		if (restorable(run, forced))
+			ret = restore(piece);
+	}
+	udd_publish_runs();
+}
+
+uint64_t udd_files_unmerge(uint64_t inode)
+{
+	struct udd_live *live = udd_live();
+	uint64_t pages = 0;
+
+	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
+		struct udd_file *file = &udd_agent.files[i];
+		struct udd_span span = {0, 0};
+		uint64_t started;
+
+		udd_worker_lock_patiently(&started);
+		if (file->inode == inode && file->device == live->mount_dev && (file->mergeable || file->references)) {
+			span = file->span;
+			file->mergeable = 0;
+			udd_stale_note(live->stale, &live->stale_count, span, UDD_STALE_CHANGED);
+		}
+		udd_worker_unlock(started);
+		if (!udd_span_empty(span))
+			pages += udd_unmerge(span);
+	}
+	return pages;
+}
+
+void udd_files_open(struct udd_span span)
+{
+	for (struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span)) {
+		if (!run->file || run->broken)
+			continue;
+		udd_release_run(run, 0);
+		run->broken = 1;
+	}
+	udd_publish_runs();
+}
+
+uint64_t udd_file_compare(uint64_t address, uint32_t pages, const char *contents)
+{
+	static const char zeros[UDD_PAGE_SIZE];
+	struct iovec local = {.iov_base = udd_agent.file_pages, .iov_len = udd_bytes(pages)};
+	struct iovec remote = {.iov_base = udd_pointer(address), .iov_len = udd_bytes(pages)};
+	long got = udd_sys(SYS_process_vm_readv, udd_sys(SYS_getpid), &local, 1, &remote, 1, 0);
+	uint64_t same = 0;
+
+	for (uint32_t i = 0; !udd_failed(got) && i < udd_pages((uint64_t)got); i++) {
+		const char *page = udd_agent.file_pages + udd_bytes(i);
+
+		if (memcmp(page, contents + udd_bytes(i), UDD_PAGE_SIZE) == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) != 0)
+			same |= 1UL << i;
+	}
+	return same;
+}

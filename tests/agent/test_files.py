@@ -1,0 +1,177 @@
+"""Mappings of images on the mount merge, and stay to the program what they were: the file."""
+
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from agent.conftest import Wrapper
+from support.engine import Engine, read_line, start_engine
+from support.ledger import Ledger
+
+PROGRAM = Path(__file__).parent / "programs" / "files.c"
+PAGE = 4096
+PAGES = 96
+PATIENCE = 20.0
+
+CASES = (
+    "merges",
+    "merges-with-anonymous",
+    "goes-with-its-mappings",
+    "written",
+    "inaccessible",
+    "discarded",
+    "mapped-over",
+    "moved",
+    "mapped-twice",
+    "forked",
+    "written-by-a-debugger",
+    "locked",
+)
+TYPES = ("private", "shared")
+
+pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "fuse", "root")
+
+
+@pytest.fixture
+def program(compile_c: Callable[..., Path]) -> Path:
+    return compile_c(PROGRAM, "-Inative")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two with the same pages, the second behind one of its own."""
+    folder = tmp_path_factory.mktemp("images")
+    pages = random.Random(7).randbytes(PAGES * PAGE)
+    files = {"a.img": folder / "a", "b.img": folder / "b"}
+    files["a.img"].write_bytes(pages)
+    files["b.img"].write_bytes(bytes(range(256)) * (PAGE // 256) + pages)
+    return files
+
+
+@pytest.fixture(scope="module")
+def mounting_engine(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, images: dict[str, Path]
+) -> Iterator[Engine]:
+    """One for all tests that leave it alone."""
+    assert pytestconfig.cache is not None
+    ledger = Ledger.of_this_run(pytestconfig.cache.mkdir("udedup-ledger-files"))
+    engine = start_engine(tmp_path_factory.mktemp("engine"), ledger, "--sleep-millisecs", "0", images=images)
+    yield engine
+    status = engine.stop()
+    assert engine.process.stdout is not None
+    engine.process.stdout.close()
+    ledger.close()
+    assert status == 0, engine.log.read_text()
+
+
+def mounted(engine: Engine) -> tuple[Path, Path]:
+    """The images as programs see them."""
+    assert engine.mount is not None
+    return engine.mount / "a.img", engine.mount / "b.img"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_merged_files(mounting_engine: Engine, ledger: Ledger, program: Path, case: str, kind: str) -> None:
+    Wrapper(mounting_engine, ledger).check(
+        program, case, kind, *mounted(mounting_engine), extra={"UDEDUP_TEST_DELAYS": "1"}
+    )
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_expectations_hold_without_an_agent(
+    bare: Wrapper, images: dict[str, Path], program: Path, case: str, kind: str, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in images]
+    for path, image in zip(paths, images.values(), strict=True):
+        path.hardlink_to(image)
+    bare.check(program, case, kind, *paths)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_pages_can_be_read_without_an_engine(
+    images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path, kind: str
+) -> None:
+    engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = Wrapper(engine, ledger).start(program, "without-an-engine", kind, *mounted(engine), **pipes)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    engine.stop(signal.SIGKILL)
+    assert engine.mount is not None
+    subprocess.run(["umount", "--lazy", "--no-canonicalize", engine.mount], check=True)
+    print("", file=process.stdin, flush=True)
+    assert read_line(process.stdout, PATIENCE) == "right\n"
+    # Its successor serves another mount, and has its pages kept as they are.
+    successor = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images)
+    successor.wait_until("adopted", lambda status: [agent["pid"] for agent in status["agents"]] == [process.pid])
+    successor.command("unmerge")
+    print("", file=process.stdin, flush=True)
+    assert process.wait(PATIENCE) == 0
+    assert successor.stop() == 0
+
+
+def test_unmerged_they_are_the_file_again(
+    images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
+) -> None:
+    engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = Wrapper(engine, ledger).start(program, "without-an-engine", "private", *mounted(engine), **pipes)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    engine.command("unmerge", str(process.pid))
+    assert "udedup-store" not in "".join(
+        line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines() if " r--p " in line
+    )
+    print("", file=process.stdin, flush=True)
+    assert read_line(process.stdout, PATIENCE) == "right\n"
+    engine.command("unmerge", "--resume", str(process.pid))
+    print("", file=process.stdin, flush=True)
+    assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0
+
+
+def test_faults_are_hints_with_addresses(
+    images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
+) -> None:
+    """Nothing else could merge this soon: a round of the linear scan would take minutes."""
+    pace = ("--policy", "xlh", "--sleep-millisecs", "1000", "--pages-to-scan", "200")
+    engine = start_engine(tmp_path, ledger, *pace, images=images)
+    process = Wrapper(engine, ledger).start(
+        program, "faults", "private", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    status = engine.status()
+    assert status["hints"]["merged"] >= PAGES
+    assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0
+
+
+def test_an_image_that_changes_is_the_file_again(
+    images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
+) -> None:
+    files = {name: tmp_path / name for name in images}
+    for name, path in files.items():
+        path.write_bytes(images[name].read_bytes())
+    engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=files)
+    process = Wrapper(engine, ledger).start(
+        program, "changes", "shared", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    content = bytearray(files["a.img"].read_bytes())
+    content[5 * PAGE : 6 * PAGE] = bytes(range(16)) * (PAGE // 16)
+    with files["a.img"].open("r+b") as file:
+        file.write(content)
+    print("", file=process.stdin, flush=True)
+    assert read_line(process.stdout, PATIENCE) == "the file again\n"
+    assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0
