@@ -228,11 +228,11 @@ class Bench:
         self.folder = folder
         self._ledger = ledger
 
-    def compile(self, name: str) -> Path:
-        """Builds programs/NAME.c and returns the program."""
+    def compile(self, name: str, folder: Path = HERE / "programs") -> Path:
+        """Builds NAME.c of a folder and returns the program."""
         program = self.folder / name
         if not program.exists():
-            source = HERE / "programs" / f"{name}.c"
+            source = folder / f"{name}.c"
             flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror"]
             subprocess.run(["gcc", *flags, "-o", program, source, "-ldl", "-lpthread"], check=True)
         return program

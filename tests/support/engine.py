@@ -36,10 +36,12 @@ class Engine:
         """The engine's process."""
         return self.process.pid
 
-    def wrap(self, *argv: str | Path, domain: str | None = None, **options: Any) -> "subprocess.Popen[Any]":
+    def wrap(
+        self, *argv: str | Path, domain: str | None = None, quiet: bool = False, **options: Any
+    ) -> "subprocess.Popen[Any]":
         """Starts a program under ``udedup run`` with this engine; ``options`` are Popen's."""
-        label = () if domain is None else ("--domain", domain)
-        command = [*UDEDUP, "run", "--socket", str(self.socket), *label, "--", *map(str, argv)]
+        own = [*(() if domain is None else ("--domain", domain)), *(("--quiet-breaks",) if quiet else ())]
+        command = [*UDEDUP, "run", "--socket", str(self.socket), *own, "--", *map(str, argv)]
         process = subprocess.Popen(command, **options)
         self._ledger.add_process(process.pid)
         return process

@@ -13,7 +13,7 @@ import trio
 
 from udedup.engine.index import Index
 from udedup.engine.link import Strays
-from udedup.engine.store import SegmentNumbers, Store, segment_prefix
+from udedup.engine.store import Segment, SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import AgentError
 from udedup.labels import OFF, PRIVATE, RESERVED
 
@@ -105,6 +105,8 @@ class Domain:
         """Of its agents."""
         self.recounts = 0
         """Agents whose references are being counted anew: until that is done, too few are known."""
+        self.own: dict[int, Index] = {}
+        """By agent: which of its own slots has what it parks (see ``Agent._take_quietly``)."""
         self._publishing = trio.Lock()
 
     @asynccontextmanager
@@ -120,6 +122,10 @@ class Domain:
         finally:
             if not waiting.cancelled_caught:
                 self._publishing.release()
+
+    def index_of(self, segment: Segment) -> Index:
+        """What leads to the slots of a segment; to an agent's own that is gone, nothing."""
+        return self.own.get(segment.owner) or Index() if segment.owner else self.index
 
     @property
     def label(self) -> str:

@@ -57,9 +57,10 @@ def status(
 
     ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack.
     """
-    shared = sum(domain.store.live_slots for domain in domains)
+    parked = sum(domain.store.parked_slots for domain in domains)
+    shared = sum(domain.store.live_slots for domain in domains) - parked
     used = sum(domain.store.used_slots for domain in domains)
-    merged = sum(agent.pages_merged for agent in agents)
+    merged = sum(agent.pages_merged for agent in agents) - parked
     zero = sum(agent.area.stats.zero_pages for agent in agents)
     saved = (max(0, merged - shared) + zero) * PAGE
     engine = read_smaps(None) if kernel is None else kernel.engine
@@ -116,7 +117,7 @@ def status(
             segments=sum(len(domain.store.segments) for domain in domains),
             adopted=counters.segments_adopted,
             bytes=used * PAGE,
-            live_bytes=shared * PAGE,
+            live_bytes=(shared + parked) * PAGE,
         ),
         kernel=None
         if kernel is None

@@ -56,12 +56,12 @@ class Retirement:
 
     def _retire(self, domain: Domain, agents: Iterable[Agent]) -> None:
         for segment in domain.store.sparse(trio.current_time()):
-            domain.store.begin_retirement(segment, domain.index)
+            domain.store.begin_retirement(segment, domain.index_of(segment))
         for segment in list(domain.store.segments.values()):
             if segment.moves is None:
                 continue
             try:
-                domain.store.continue_retirement(segment, domain.index)
+                domain.store.continue_retirement(segment, domain.index_of(segment))
             except OSError as error:
                 if not self._household.shortage.explains(error, "moving pages out of a sparse segment has to wait"):
                     raise

@@ -29,6 +29,16 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 RETIRE_LIVE_FRACTION = 0.25
 """A full segment with a smaller part of its slots in use is retired."""
 
+RETIRE_OWN_LIVE_FRACTION = 0.75
+"""Likewise one with parked pages, full or not: whatever others turn out to have leaves it …"""
+
+RETIRE_OWN_SLOTS = 256
+"""… once so many slots are used."""
+
+
+OWN_SUFFIX = "+own"
+"""Behind the prefix, of segments with one agent's parked pages; quoted labels have no plus."""
+
 
 def segment_prefix(owner: str, label: str) -> str:
     """How the memfds of a domain's segments are named, but for the number: it tells for good whose they are.
@@ -82,9 +92,13 @@ class Inherited:
 class Segment:
     """One sealed memfd of 16 MiB."""
 
-    def __init__(self, number: int, descriptor: int, memory: mmap.mmap, *, settled_at: float = 0) -> None:
+    def __init__(
+        self, number: int, descriptor: int, memory: mmap.mmap, *, settled_at: float = 0, owner: int = 0
+    ) -> None:
         """See :meth:`create` and :meth:`inherit`; takes both over."""
         self.number = number
+        self.owner = owner
+        """Number of the one agent whose parked pages it has; 0: its pages are shared."""
         self.descriptor = descriptor
         """Read-only: what agents get."""
         self.identity = Identity.of(descriptor)
@@ -98,7 +112,7 @@ class Segment:
         """Once it retires: where its slots went, struct udd_move[]."""
 
     @classmethod
-    def create(cls, number: int, prefix: str) -> "Segment":
+    def create(cls, number: int, prefix: str, owner: int) -> "Segment":
         """An empty one. Raises OSError."""
         writable = os.memfd_create(f"{prefix}-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
         try:
@@ -107,7 +121,8 @@ class Segment:
             os.ftruncate(writable, SEGMENT_BYTES)
             memory = mmap.mmap(writable, SEGMENT_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             fcntl.fcntl(writable, fcntl.F_ADD_SEALS, SEALS)
-            return cls(number, os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), memory)
+            descriptor = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+            return cls(number, descriptor, memory, owner=owner)
         finally:
             os.close(writable)
 
@@ -145,19 +160,28 @@ class Store:
         self.segments: dict[int, Segment] = {}
         """By number, retiring ones included."""
         self._by_identity: dict[Identity, Segment] = {}
-        self._current: Segment | None = None
+        self._current: dict[int, Segment] = {}
+        """Which takes the next slots: by the agent that parks in it, 0 for the shared one."""
 
-    def writable(self) -> Segment:
-        """The segment that takes the next slots; a new one if the last is full. Raises OSError."""
-        if self._current is not None and self.state(self._current.number)[0] < SEGMENT_SLOTS:
-            return self._current
-        segment = Segment.create(self._numbers.take(), self.prefix)
+    def writable(self, owner: int = 0) -> Segment:
+        """The segment that takes the next slots, of one agent's parked pages or (0) of shared ones. Raises OSError."""
+        current = self._current.get(owner)
+        if current is not None and self.state(current.number)[0] < SEGMENT_SLOTS:
+            return current
+        prefix = self.prefix + OWN_SUFFIX if owner else self.prefix
+        segment = Segment.create(self._numbers.take(), prefix, owner)
         check(lib.udd_store_add_segment(self.handle, segment.number, segment.base), "a new segment")
-        if self._current is not None:
-            self._current.release_pages()
+        if owner:
+            check(lib.udd_store_own_segment(self.handle, segment.number, owner), "a new segment")
+        if current is not None:
+            current.release_pages()
         self._keep(segment)
-        self._current = segment
+        self._current[owner] = segment
         return segment
+
+    def close_own(self, owner: int) -> None:
+        """An agent parks no more in the segment it has: it is gone, or has a child that knows the segment."""
+        self._current.pop(owner, None)
 
     def find(self, identity: Identity) -> Segment | None:
         """The segment with this memory."""
@@ -193,22 +217,37 @@ class Store:
         """Store pages in use."""
         return sum(self.state(number)[1] for number in self.segments)
 
+    def dead_slots(self, owner: int) -> int:
+        """Of an agent's own segments: slots not in use that nobody is about to give back yet."""
+        states = [self.state(segment.number) for segment in self.segments.values() if segment.owner == owner]
+        return sum(used - live for used, live, _ in states)
+
+    @property
+    def parked_slots(self) -> int:
+        """Of them: with parked pages."""
+        return sum(self.state(segment.number)[1] for segment in self.segments.values() if segment.owner)
+
     @property
     def used_slots(self) -> int:
         """Store pages written, dead ones included."""
         return sum(self.state(number)[0] for number in self.segments)
 
     def sparse(self, now: float) -> Iterator[Segment]:
-        """Full segments worth retiring."""
+        """Segments worth retiring: full ones, and such with parked pages."""
         for segment in list(self.segments.values()):
             used, live, _ = self.state(segment.number)
-            if segment is self._current or segment.moves is not None or now < segment.settled_at:
+            current = self._current.get(segment.owner) is segment
+            if segment.moves is not None or now < segment.settled_at:
                 continue
-            if live < RETIRE_LIVE_FRACTION * used or not used:
+            if current and (not segment.owner or used < RETIRE_OWN_SLOTS):
+                continue
+            if live < (RETIRE_OWN_LIVE_FRACTION if segment.owner else RETIRE_LIVE_FRACTION) * used or not used:
                 yield segment
 
     def begin_retirement(self, segment: Segment, index: Index) -> None:
         """From here on nothing new is merged with ``segment``."""
+        if self._current.get(segment.owner) is segment:
+            self.close_own(segment.owner)
         index.forget_segment(segment.number)
         segment.moves = ffi.new("struct udd_move[]", SEGMENT_SLOTS)
 
@@ -220,7 +259,7 @@ class Store:
         position = ffi.new("uint32_t *")
         used, live, _ = self.state(segment.number)
         while live and position[0] < used:
-            target = self.writable()
+            target = self.writable(segment.owner)
             check(
                 lib.udd_store_move(self.handle, index.handle, segment.number, target.number, position, segment.moves),
                 f"moving segment {segment.number}",
@@ -246,4 +285,4 @@ class Store:
             segment.close()
         self.segments.clear()
         self._by_identity.clear()
-        self._current = None
+        self._current.clear()
