@@ -27,8 +27,9 @@ enum {
 	OPEN_MOST = 256,            // blocks opened before all are closed again
 	OPEN_MS = 500,              // for how long
 	EXCLUSIVE_NS = 200000,      // how long to wait for the lock before serving faults with a shared one
-	QUIET_NS = 50000,           // with quiet breaks a writer waits for this time, …
-	QUIET_PAGE_NS = 2000,       // … and more for each page that breaks, and if that is over, for multiples of the former
+	QUIET_NS = 40000,           // with quiet breaks a writer waits for this time (or a multiple, where it was not enough), …
+	QUIET_PAGE_NS = 2000,       // … for so much more with each page that breaks, …
+	QUIET_RANDOM_NS = 16384,    // … and for something at random below this power of two
 };
 
 // A fault was served and its threads are awake; distinct from 0 and every errno.
@@ -43,8 +44,8 @@ static int pagemap_fd = -1;
 static uint64_t aside[ASIDE_MAX];
 static unsigned aside_count;
 
-// With quiet breaks: what has broken while its writers still sleep. They can't tell by the time how long it took: longer where
-// others have some of the pages around, for then these lie scattered in the store. The fault thread's own.
+// With quiet breaks: what has broken while its writers still sleep. They can't tell by the time how long that took, which depends
+// on how the pages around lie in the store, and that on who has the same. The fault thread's own.
 static struct {
 	struct udd_span span;
 	uint64_t since; // ns: when the fault was read
@@ -129,12 +130,17 @@ static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 // Wakes the writers that sleep, each when it is due. Without the lock where that is possible, which others wait for.
 static void wake_sleepers(void)
 {
+	uint32_t random = 0;
+
 	for (unsigned i = 0; i < asleep_count; i++) {
 		uint64_t due = asleep[i].since + QUIET_NS + udd_pages(asleep[i].span.end - asleep[i].span.start) * QUIET_PAGE_NS;
 		uint64_t now = udd_now();
 
 		if (now > due)
 			due += (now - due + QUIET_NS - 1) / QUIET_NS * QUIET_NS;
+		// What is left is a matter of some tens of nanoseconds: caches are not the same for all pages.
+		udd_sys(SYS_getrandom, &random, sizeof(random), 0);
+		due += random % QUIET_RANDOM_NS;
 		// A timer would not be exact enough.
 		while (udd_now() < due)
 			udd_pause();

@@ -175,8 +175,8 @@ struct udd_fresh {
 };
 
 void udd_matches_sort(struct udd_match *matches, size_t count);
-// Takes out those of `agent` that match themselves, into `ret` (room for `count`), and returns how many; *left: the others.
-size_t udd_matches_alone(uint32_t agent, struct udd_match *matches, size_t count, struct udd_match *ret, size_t *left);
+// Those of `agent` that match more than themselves; ret has room for `count`. Returns their number.
+size_t udd_matches_without_alone(uint32_t agent, const struct udd_match *matches, size_t count, struct udd_match *ret);
 // Takes out the pages of one agent's targets; both are sorted by address. Returns how many matches are left.
 size_t udd_matches_without(struct udd_match *matches, size_t count, const struct udd_target *targets, size_t target_count);
 // The next (up to UDD_COPY_MAX) pages, from *position on, whose digest no slot has yet, each digest once. Pages in stretches of
@@ -195,9 +195,10 @@ void udd_targets_sort(struct udd_target *targets, size_t count); // by agent, th
 size_t udd_target_group(const struct udd_target *targets, size_t count);
 // One agent's sorted targets as runs of at most UDD_RUN_MAX pages; stretches of fewer than `least` pages are left out and counted.
 size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t least, struct udd_run *ret, uint64_t *ret_deferred);
-// Takes out the matches of `agent` whose page is in one of `runs`; both are sorted by address. Those that are left, whose number it
-// returns, match themselves from now on.
-size_t udd_matches_outside(uint32_t agent, struct udd_match *matches, size_t count, const struct udd_run *runs, size_t run_count);
+// The matches of `agent` whose page is in none of `runs`, as if they matched themselves; both are sorted by address, ret has room
+// for `count`. Returns their number.
+size_t udd_matches_outside(uint32_t agent, const struct udd_match *matches, size_t count, const struct udd_run *runs,
+			   size_t run_count, struct udd_match *ret);
 // Distinct segments of runs; returns how many there are, of which at most `max` are written.
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max);
 
@@ -291,7 +292,7 @@ struct udd_holder *udd_holder_create(struct udd_store *store);
 void udd_holder_destroy(struct udd_holder *holder); // gives all its references back
 // Whose it is, and who is to be told when its parked pages are none any more; `index` must live until it is cleared for good.
 void udd_holder_tell(struct udd_holder *holder, struct udd_index *index, uint32_t agent);
-// Tells it of the pages that an answer to UDD_MERGE says are parked now.
+// Tells it of the pages that an answer to UDD_MERGE says are parked, and that are so still.
 int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const struct udd_merge_result *results, size_t count);
 void udd_holder_clear(struct udd_holder *holder);
 uint64_t udd_holder_pages(const struct udd_holder *holder);

@@ -38,32 +38,32 @@ size_t udd_matches_without(struct udd_match *matches, size_t count, const struct
 	return kept;
 }
 
-size_t udd_matches_alone(uint32_t agent, struct udd_match *matches, size_t count, struct udd_match *ret, size_t *left)
+size_t udd_matches_without_alone(uint32_t agent, const struct udd_match *matches, size_t count, struct udd_match *ret)
 {
-	size_t alone = 0, kept = 0;
+	size_t kept = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		if (matches[i].other == agent && matches[i].other_address == matches[i].address)
-			ret[alone++] = matches[i];
-		else
-			matches[kept++] = matches[i];
+		if (matches[i].other != agent || matches[i].other_address != matches[i].address)
+			ret[kept++] = matches[i];
 	}
-	*left = kept;
-	return alone;
+	return kept;
 }
 
-size_t udd_matches_outside(uint32_t agent, struct udd_match *matches, size_t count, const struct udd_run *runs, size_t run_count)
+size_t udd_matches_outside(uint32_t agent, const struct udd_match *matches, size_t count, const struct udd_run *runs,
+			   size_t run_count, struct udd_match *ret)
 {
 	size_t kept = 0, r = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		while (r < run_count && runs[r].address + (uint64_t)runs[r].pages * UDD_PAGE_SIZE <= matches[i].address)
+		uint64_t address = matches[i].address;
+
+		while (r < run_count && runs[r].address + (uint64_t)runs[r].pages * UDD_PAGE_SIZE <= address)
 			r++;
-		if (r < run_count && runs[r].address <= matches[i].address)
+		if (r < run_count && runs[r].address <= address)
 			continue;
-		matches[kept] = matches[i];
-		matches[kept].other = agent;
-		matches[kept++].other_address = matches[i].address;
+		ret[kept] = matches[i];
+		ret[kept].other = agent;
+		ret[kept++].other_address = address;
 	}
 	return kept;
 }

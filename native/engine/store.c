@@ -540,13 +540,14 @@ int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const
 	for (size_t i = 0; i < count; i++) {
 		const struct udd_run *run = &runs[i];
 		const struct segment *segment = store_find(holder->store, run->segment);
+		const struct holding *holding = holder_find(holder, run->segment);
 
-		for (uint64_t mask = segment ? results[i].merged : 0; mask; mask &= mask - 1) {
+		for (uint64_t mask = segment && holding ? results[i].merged : 0; mask; mask &= mask - 1) {
 			uint32_t page = __builtin_ctzll(mask);
 			uint64_t digest[2];
 
-			if (!parked_digest(holder, segment, run->slot + page, digest))
-				break;
+			if (!holding->counts[run->slot + page] || !parked_digest(holder, segment, run->slot + page, digest))
+				continue;
 			int r = udd_index_park(holder->index, digest, holder->agent, run->address + (uint64_t)page * UDD_PAGE_SIZE);
 
 			if (r < 0)

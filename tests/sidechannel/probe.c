@@ -6,7 +6,8 @@
 // order and are written to in another random order, so that whatever drifts hits both alike.
 //
 // hold SEED         → held; PAGES pages of content that SEED names, for others to guess
-// guess SEED DRAW   → N; as many pages, N of them (drawn by DRAW) with that content, the others with content that nobody has
+// guess SEED DRAW N → M; as many pages, one in N of them (drawn by DRAW, M in all) with that content, the others with content that
+//                     nobody has
 // merged            → N; how many of them are a file's to the kernel now, that is, mapped to a store
 // write             → WORD …; each page's time in ns, with a + before it for a right guess
 // advise SEED DRAW N → WORD …; N times: two equal pages are hinted at; how long it takes until they are merged, likewise
@@ -59,13 +60,13 @@ static struct area hold(uint64_t pages, uint64_t seed)
 	return ret;
 }
 
-static struct area guess(uint64_t pages, uint64_t seed, uint64_t draw)
+static struct area guess(uint64_t pages, uint64_t seed, uint64_t draw, uint64_t odds)
 {
 	struct area ret = area_create(pages);
 	uint64_t state = random_state(draw);
 
 	for (uint64_t i = 0; i < pages; i++) {
-		ret.right[i] = next_random(&state) >> 63;
+		ret.right[i] = next_random(&state) % odds == 0;
 		fill_page(page_of(&ret, i), ret.right[i] ? seed : DRAWN + draw, i);
 	}
 	return ret;
@@ -200,6 +201,7 @@ int main(int argc, char **argv)
 	uint64_t pages;
 	unsigned long seed;
 	unsigned long draw;
+	unsigned long odds;
 	unsigned long trials;
 
 	if (argc != 2) {
@@ -212,8 +214,8 @@ int main(int argc, char **argv)
 		if (sscanf(line, "hold %lu", &seed) == 1) {
 			area = hold(pages, seed);
 			answer("held");
-		} else if (sscanf(line, "guess %lu %lu", &seed, &draw) == 2) {
-			area = guess(pages, seed, draw);
+		} else if (sscanf(line, "guess %lu %lu %lu", &seed, &draw, &odds) == 3 && odds) {
+			area = guess(pages, seed, draw, odds);
 			answer("%lu", count_right(&area));
 		} else if (strcmp(line, "merged\n") == 0) {
 			answer("%lu", count_merged(&area));

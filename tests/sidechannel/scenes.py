@@ -117,10 +117,13 @@ def playing(bench: Bench, engine: Engine, scene: Scene, pages: int) -> Iterator[
         yield guesser
 
 
-def time_writes(bench: Bench, engine: Engine, scene: Scene, pages: int) -> Times:
-    """Guesses at ``pages`` pages, waits until the engine has looked at all of them, and times a write to each."""
+def time_writes(bench: Bench, engine: Engine, scene: Scene, pages: int, odds: int = 2) -> Times:
+    """Guesses at ``pages`` pages, waits until the engine has looked at all of them, and times a write to each.
+
+    One guess in ``odds`` is right: the fewer, the more alone they lie among wrong ones.
+    """
     with playing(bench, engine, scene, pages) as guesser:
-        right = int(guesser.ask(f"guess {SEED} {secrets.randbelow(1 << 30)}")[0])
+        right = int(guesser.ask(f"guess {SEED} {secrets.randbelow(1 << 30)} {odds}")[0])
         _settle(engine, guesser, pages if scene.quiet else right if scene.together else 0)
         return Times.of(guesser.ask("write"))
 

@@ -465,19 +465,15 @@ class Agent:
         own = self.domain.own[self.number]
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_PARK)
-            alone = Matches(ffi.NULL, 0)
-            if not share_alone:
-                alone, matches = planner.alone_of(self.number, matches)
-            # First, as long as the copy area has them.
-            await self._publish_own(own, alone, copied=True)
-            await self._publish_all(matches)
-        await self._publish_own(own, alone, copied=False)
-        shared = self._runs_of(self.domain.index, matches)
+            shareable = matches if share_alone else matches.without_alone(self.number)
+            # First what the copy area still has from the look at the pages.
+            for copied in (True, False):
+                await self._publish(shareable, copied=copied)
+                shared = planner.runs_of(planner.targets_of(self.domain.index, self.number, matches), self.least_run)
+                rest = shared.outside(self.number, matches)
+                await self._publish_own(own, rest, copied=copied)
         await self._merge_runs(shared, hinted)
-        short = shared.outside(self.number, matches)
-        await self._publish_own(own, short, copied=False)
-        for part in (alone, short):
-            await self._merge_runs(planner.runs_of(planner.targets_of(own, self.number, part), 1), hinted)
+        await self._merge_runs(planner.runs_of(planner.targets_of(own, self.number, rest), 1), hinted)
 
     @property
     def _may_park(self) -> bool:
@@ -538,18 +534,21 @@ class Agent:
             await self._visit(ffi.new("struct udd_range[]", ranges), len(ranges), None)
 
     async def _publish_all(self, matches: Matches) -> None:
-        """Gives those matches a slot that have none, and has the others they match merged with it too."""
+        # First what the copy area still has from the look at the pages: copying the others overwrites it.
+        for copied in (True, False):
+            await self._publish(matches, copied=copied)
+
+    async def _publish(self, matches: Matches, *, copied: bool) -> None:
+        """Gives those matches a slot that have none, and has the others they match merged with it too.
+
+        ``copied``: only those that the copy area has.
+        """
         others = ffi.new("struct udd_target[]", matches.count)
         other_count = 0
-        # First what the copy area still has from the look at the pages: copying the others overwrites it.
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=True):
+        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=copied):
             if not self._may_publish(fresh.count):
-                break
-            other_count += self._store(self.domain.index, 0, fresh, others + other_count)
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=False):
-            if not self._may_publish(fresh.count):
-                self._counters.merge_deferred += fresh.count
-            elif await self._copy(fresh):
+                self._counters.merge_deferred += 0 if copied else fresh.count
+            elif copied or await self._copy(fresh):
                 other_count += self._store(self.domain.index, 0, fresh, others + other_count)
         for targets in planner.by_agent(others, other_count):
             self._others.offer_merge(targets)
@@ -691,7 +690,7 @@ class Agent:
             )
         self._drain()
         if self._quiet:
-            # After what was drained: a page that moved from one parking place to another left the one there.
+            # Not before: a page that moved from one parking place to another has left the former.
             check(lib.udd_holder_park(self._holder, array, results, count), "parking pages")
 
     async def _send_segment(self, segment: Segment) -> bool:

@@ -18,6 +18,11 @@ class Matches:
 
     count: int
 
+    def without_alone(self, agent: int) -> "Matches":
+        """Those of an agent that match more than themselves."""
+        array = ffi.new("struct udd_match[]", self.count)
+        return Matches(array, lib.udd_matches_without_alone(agent, self.array, self.count, array))
+
 
 class Index:
     """Digest → place, for all agents of a domain."""

@@ -62,14 +62,6 @@ def fresh_batches(index: Index, matches: Matches, least: int, *, copied: bool) -
         yield Fresh(array, count)
 
 
-def alone_of(agent: int, matches: Matches) -> tuple[Matches, Matches]:
-    """An agent's pages that match themselves alone, and the other matches. Takes ``matches`` apart."""
-    array = ffi.new("struct udd_match[]", matches.count)
-    left = ffi.new("size_t *")
-    count = lib.udd_matches_alone(agent, matches.array, matches.count, array, left)
-    return Matches(array, count), Matches(matches.array, left[0])
-
-
 @attrs.frozen(eq=False)
 class Targets:
     """Pages and the slots they are to be merged with, of one agent, sorted by address."""
@@ -138,9 +130,10 @@ class Runs:
         return Runs(ffi.new("struct udd_run[]", kept), len(kept), self.deferred)
 
     def outside(self, agent: int, matches: Matches) -> Matches:
-        """An agent's pages that are in none of them, as matching themselves. Takes ``matches`` apart."""
-        left = lib.udd_matches_outside(agent, matches.array, matches.count, self.array, self.count)
-        return Matches(matches.array, left)
+        """An agent's matched pages that are in none of them, as if they matched themselves."""
+        array = ffi.new("struct udd_match[]", matches.count)
+        left = lib.udd_matches_outside(agent, matches.array, matches.count, self.array, self.count, array)
+        return Matches(array, left)
 
     def chunks(self, items: int) -> Iterator[tuple[CData, int]]:
         """Parts (struct udd_run *, count) of at most ``items`` runs."""
