@@ -13,7 +13,7 @@ TRIALS = 10_000
 QUIET_TRIALS = 4000
 """The probe sees tens of nanoseconds, by which two writes to private pages don't differ, but two faults may."""
 
-HINTS = 200
+HINTS = 120
 CHANCE = 1e-6
 """What is less likely than this is no chance."""
 
