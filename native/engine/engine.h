@@ -292,7 +292,8 @@ struct udd_holder *udd_holder_create(struct udd_store *store);
 void udd_holder_destroy(struct udd_holder *holder); // gives all its references back
 // Whose it is, and who is to be told when its parked pages are none any more; `index` must live until it is cleared for good.
 void udd_holder_tell(struct udd_holder *holder, struct udd_index *index, uint32_t agent);
-// Tells it of the pages that an answer to UDD_MERGE says are parked, and that are so still.
+// Tells it of the pages that are parked: of runs that were taken (an answer to UDD_MERGE) or adopted (`results`: NULL), those that are
+// so still.
 int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const struct udd_merge_result *results, size_t count);
 void udd_holder_clear(struct udd_holder *holder);
 uint64_t udd_holder_pages(const struct udd_holder *holder);

@@ -542,11 +542,11 @@ int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const
 		const struct segment *segment = store_find(holder->store, run->segment);
 		const struct holding *holding = holder_find(holder, run->segment);
 
-		for (uint64_t mask = segment && holding ? results[i].merged : 0; mask; mask &= mask - 1) {
-			uint32_t page = __builtin_ctzll(mask);
+		for (uint32_t page = 0; segment && holding && page < run->pages; page++) {
 			uint64_t digest[2];
 
-			if (!holding->counts[run->slot + page] || !parked_digest(holder, segment, run->slot + page, digest))
+			if ((results && !(results[i].merged >> page & 1)) || !holding->counts[run->slot + page] ||
+			    !parked_digest(holder, segment, run->slot + page, digest))
 				continue;
 			int r = udd_index_park(holder->index, digest, holder->agent, run->address + (uint64_t)page * UDD_PAGE_SIZE);
 

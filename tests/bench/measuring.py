@@ -249,14 +249,21 @@ class Bench:
             engine.process.send_signal(signal.SIGCONT)
             engine.stop()
 
-    def start(self, engine: Engine | None, program: Path, *arguments: object, undisturbed: bool = False) -> Program:
-        """Starts a program, wrapped if there is an engine.
+    def start(
+        self,
+        engine: Engine | None,
+        program: Path,
+        *arguments: object,
+        undisturbed: bool = False,
+        options: Sequence[str] = (),
+    ) -> Program:
+        """Starts a program, wrapped if there is an engine, with ``options`` of ``udedup run``.
 
         ``undisturbed``: all its threads go before everybody else's, as on an idle machine.
         """
         argv = [str(program), *map(str, arguments)]
         if engine is not None:
-            argv = [*UDEDUP, "run", "--socket", str(engine.socket), "--", *argv]
+            argv = [*UDEDUP, "run", "--socket", str(engine.socket), *options, "--", *argv]
         if undisturbed:
             argv = ["chrt", "--rr", str(REALTIME_PRIORITY), *argv]
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

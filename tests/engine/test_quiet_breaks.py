@@ -1,5 +1,6 @@
 """Quiet breaks in the engine: what was looked at is in the store, but nobody sees more there than what he shares."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ class Quiet(FakeAgent):
 
 class QuietCopies(Copies, Quiet):
     """With the copies that real agents leave."""
+
+
+def fork(parent: FakeAgent) -> Quiet:
+    """A child of a process; it is still to join."""
+    child = Quiet(Path(parent.sock.getpeername()), dict(parent.memory), flags=lib.UDD_HELLO_FORKED)
+    child.engine_id, child.placed, child.segments = parent.engine_id, dict(parent.placed), dict(parent.segments)
+    child.memfds = {number: os.dup(descriptor) for number, descriptor in parent.memfds.items()}
+    return child
 
 
 async def parked(engine: Running, *agents: FakeAgent) -> None:
@@ -81,7 +90,7 @@ async def test_parked_pages_are_found_and_shared(start: Start, second_kind: type
     rounds = (await engine.status())["full_scans"]
 
     async def aged() -> bool:
-        return bool((await engine.status())["full_scans"] > rounds + 5)
+        return bool((await engine.status())["full_scans"] > rounds + 3)
 
     await engine.until(aged, "candidates that are not looked at would be forgotten")
     second = await engine.join(second_kind(engine.path, memory(1000, base=2 * BASE)))
@@ -186,8 +195,7 @@ async def test_a_child_sees_nothing_that_its_parent_parks_later(start: Start) ->
     engine = await start()
     parent = await engine.join(Quiet(engine.path, memory(300)))
     await parked(engine, parent)
-    child = Quiet(engine.path, dict(parent.memory), flags=lib.UDD_HELLO_FORKED)
-    child.engine_id, child.placed, child.segments = parent.engine_id, dict(parent.placed), dict(parent.segments)
+    child = fork(parent)
     before = set(child.segments)
     await engine.join(child)
     await engine.until(lambda: child.requests.count(lib.UDD_RUNS) >= 2, "counted")
@@ -198,6 +206,52 @@ async def test_a_child_sees_nothing_that_its_parent_parks_later(start: Start) ->
     assert not later & before
     assert not later & set(child.segments)
     assert intact(parent, child)
+
+
+async def test_a_child_is_not_moved_to_what_its_parent_parks(start: Start) -> None:
+    """Not even when the segment that it has from its parent is retired."""
+    engine = await start(retire_seconds=0.05)
+    parent = await engine.join(Quiet(engine.path, memory(600)))
+    await parked(engine, parent)
+    child = fork(parent)
+    (old,) = child.segments
+    await engine.join(child)
+    await engine.until(lambda: child.requests.count(lib.UDD_RUNS) >= 2, "counted")
+    for lap in range(2):
+        for i in range(500):
+            parent.write(BASE + i * PAGE, page(5000 * (lap + 1) + i))
+            if lap == 0:
+                child.write(BASE + i * PAGE, page(50_000 + i))
+        await parked(engine, parent, child)
+    await engine.until(lambda: old not in {segment for segment, _ in child.placed.values()}, "moved")
+    before = {page(i + 1) for i in range(600)} | {bytes(PAGE)}
+    assert visible(child) - before <= set(child.memory.values())
+    assert intact(parent, child)
+
+
+async def test_lost_drop_records_leave_no_stale_candidates(start: Start) -> None:
+    engine = await start()
+    agent = await engine.join(Quiet(engine.path, memory(300)))
+    await parked(engine, agent)
+    with agent._lock:
+        for i in range(200):
+            del agent.placed[BASE + i * PAGE]
+            agent.memory[BASE + i * PAGE] = page(70_000 + i)
+        agent.stats.drops_lost += 1
+
+    async def counted() -> bool:
+        return bool((await engine.status())["pages_unshared"] == 300)
+
+    await parked(engine, agent)
+    await engine.until(counted, "one candidate for each page")
+    other = await engine.join(Quiet(engine.path, memory(300, base=2 * BASE)))
+    await parked(engine, other)
+
+    async def shared() -> bool:
+        return bool((await engine.status())["pages_sharing"] == 100)
+
+    await engine.until(shared, "what was parked all the time is still found")
+    assert intact(agent, other)
 
 
 async def test_who_goes_leaves_nothing(start: Start) -> None:

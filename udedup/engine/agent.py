@@ -756,10 +756,16 @@ class Agent:
             # Of a parent, whose later pages are none of its business.
             for owner in {self.domain.store.segments[number].owner for number in found} - {0, self.number}:
                 self.domain.store.close_own(owner)
+            if self._quiet:
+                check(lib.udd_holder_park(self._holder, array, ffi.NULL, answer.count), "parking pages")
             self._drain()
 
         answer = await self._ask_runs(0, RECOUNT)
         check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
+        if self._quiet:
+            # Some of its parked pages are none any more, but which?
+            self.domain.index.forget_agent(self.number)
+            self.refresh_limit()
         self._uncounted = False
         await self._read_runs(answer, RECOUNT, take)
         self._drain()

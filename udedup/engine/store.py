@@ -160,12 +160,15 @@ class Store:
         self.segments: dict[int, Segment] = {}
         """By number, retiring ones included."""
         self._by_identity: dict[Identity, Segment] = {}
-        self._current: dict[int, Segment] = {}
-        """Which takes the next slots: by the agent that parks in it, 0 for the shared one."""
+        self._current: dict[tuple[int, int], Segment] = {}
+        """Which takes the next slots: by the agent that parks in it (0: nobody, it is shared), and see ``source``."""
 
-    def writable(self, owner: int = 0) -> Segment:
-        """The segment that takes the next slots, of one agent's parked pages or (0) of shared ones. Raises OSError."""
-        current = self._current.get(owner)
+    def writable(self, owner: int = 0, source: int = 0) -> Segment:
+        """The segment that takes the next slots; a new one if the last is full. Raises OSError.
+
+        ``owner``: of one agent's parked pages; 0: shared ones. ``source``: only such as came from that segment.
+        """
+        current = self._current.get((owner, source))
         if current is not None and self.state(current.number)[0] < SEGMENT_SLOTS:
             return current
         prefix = self.prefix + OWN_SUFFIX if owner else self.prefix
@@ -176,12 +179,12 @@ class Store:
         if current is not None:
             current.release_pages()
         self._keep(segment)
-        self._current[owner] = segment
+        self._current[owner, source] = segment
         return segment
 
     def close_own(self, owner: int) -> None:
         """An agent parks no more in the segment it has: it is gone, or has a child that knows the segment."""
-        self._current.pop(owner, None)
+        self._current.pop((owner, 0), None)
 
     def find(self, identity: Identity) -> Segment | None:
         """The segment with this memory."""
@@ -236,7 +239,7 @@ class Store:
         """Segments worth retiring: full ones, and such with parked pages."""
         for segment in list(self.segments.values()):
             used, live, _ = self.state(segment.number)
-            current = self._current.get(segment.owner) is segment
+            current = segment in self._current.values()
             if segment.moves is not None or now < segment.settled_at:
                 continue
             if current and (not segment.owner or used < RETIRE_OWN_SLOTS):
@@ -246,20 +249,19 @@ class Store:
 
     def begin_retirement(self, segment: Segment, index: Index) -> None:
         """From here on nothing new is merged with ``segment``."""
-        if self._current.get(segment.owner) is segment:
-            self.close_own(segment.owner)
+        self._current = {key: current for key, current in self._current.items() if current is not segment}
         index.forget_segment(segment.number)
         segment.moves = ffi.new("struct udd_move[]", SEGMENT_SLOTS)
 
-    def continue_retirement(self, segment: Segment, index: Index) -> None:
+    def continue_retirement(self, segment: Segment, index: Index, *, apart: bool) -> None:
         """Finds or makes another place for what is live in ``segment`` and has none yet. Raises OSError.
 
-        Not only once: who was away may come back with references.
+        Not only once: who was away may come back with references. ``apart``: its pages stay among themselves.
         """
         position = ffi.new("uint32_t *")
         used, live, _ = self.state(segment.number)
         while live and position[0] < used:
-            target = self.writable(segment.owner)
+            target = self.writable(segment.owner, segment.number if apart else 0)
             check(
                 lib.udd_store_move(self.handle, index.handle, segment.number, target.number, position, segment.moves),
                 f"moving segment {segment.number}",
@@ -275,6 +277,7 @@ class Store:
             check(lib.udd_store_remove_segment(self.handle, segment.number), f"closing segment {segment.number}")
             del self.segments[segment.number]
             del self._by_identity[segment.identity]
+            self._current.pop((segment.owner, segment.number), None)
             segment.close()
             finished.append(segment.number)
         return finished
