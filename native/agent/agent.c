@@ -189,6 +189,7 @@ int udd_agent_init(const char *socket_path, const char *label)
 	strcpy(agent->label, label); // NOLINT: it fits
 	read_command(agent->command, sizeof(agent->command));
 	agent->keep_ksm = getenv("UDEDUP_KEEP_KSM") != NULL;
+	agent->quiet = getenv("UDEDUP_QUIET_BREAKS") != NULL;
 	open_test_counters();
 	ret = reserve();
 	if (ret) {

@@ -138,6 +138,7 @@ struct udd_agent {
 	uint64_t hooks;            // bit set of installed hooks
 	uint64_t *test_counters;   // UDEDUP_TEST_COUNTERS, shared with whoever tests; else NULL
 	bool keep_ksm;             // UDEDUP_KEEP_KSM: MADV_MERGEABLE goes to the kernel
+	bool quiet;                // UDEDUP_QUIET_BREAKS, or the engine wants it: all breaks take the same time
 	uint32_t test_delays;      // UDEDUP_TEST_DELAYS: transactions dawdle at every step
 	char socket_path[UDD_PATH_MAX];
 	char label[UDD_LABEL_MAX];

@@ -181,6 +181,8 @@ static bool say_hello(const struct worker *worker)
 
 	if (udd_live()->uffd == 0 && worker->device < 0)
 		hello.flags |= UDD_HELLO_NEED_UFFD;
+	if (udd_agent.quiet)
+		hello.flags |= UDD_HELLO_QUIET;
 	if (worker->ever_joined)
 		hello.flags |= UDD_HELLO_REJOIN;
 	else if (udd_agent.run_pages)
@@ -299,6 +301,8 @@ static int join(struct worker *worker)
 	live->holdoff_ns = (uint64_t)welcome->holdoff_ms * 1000000;
 	live->vma_limit = welcome->vma_limit;
 	worker->scan.flags = welcome->flags;
+	if (welcome->flags & UDD_CONFIG_QUIET)
+		udd_agent.quiet = true;
 	worker->ever_joined = true;
 	udd_arm_runs();
 	if (udd_agent.reason[0]) {

@@ -22,7 +22,7 @@
 
 enum {
 	UDD_MAGIC = 0x44445555, // "UUDD"
-	UDD_WIRE_VERSION = 3,
+	UDD_WIRE_VERSION = 4,
 	UDD_PAGE_SHIFT = 12,
 	UDD_PAGE_SIZE = 4096,
 
@@ -116,6 +116,7 @@ enum udd_hello_flags {
 	UDD_HELLO_NEED_UFFD = 1, // the agent could not open a full userfaultfd itself
 	UDD_HELLO_FORKED = 2,    // a fork child: it may hold runs inherited from its parent (engine: ask UDD_RUNS)
 	UDD_HELLO_REJOIN = 4,    // an agent whose engine went away: likewise
+	UDD_HELLO_QUIET = 8,     // it wants UDD_CONFIG_QUIET
 };
 
 // Its beginning, up to `version`, is the same in every version of the protocol.
@@ -134,6 +135,7 @@ enum udd_config_flags {
 	UDD_CONFIG_HINTS = 2,      // push place hints
 	UDD_CONFIG_SMART_SCAN = 8, // pass over pages that do not change, for up to 8 rounds
 	UDD_CONFIG_KEEP_HUGE = 4,  // zero pages inside of huge pages are reported, not merged, unless UDD_VISIT says so
+	UDD_CONFIG_QUIET = 16,     // how long a write takes must not tell whether somebody else has the page
 };
 
 struct udd_welcome {

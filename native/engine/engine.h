@@ -55,6 +55,13 @@ struct udd_lookup_counts {
 	uint64_t alone;      // match themselves
 };
 
+// What becomes of a page that is found nowhere else.
+enum udd_alone {
+	UDD_ALONE_CANDIDATE = 0, // it is a candidate
+	UDD_ALONE_SHARE = 1,     // it is none, but matches itself (`other`: its own agent)
+	UDD_ALONE_PARK = 2,      // it is a candidate, if the agent may have one more, and matches itself as well
+};
+
 struct udd_index *udd_index_create(void);
 void udd_index_destroy(struct udd_index *index);
 size_t udd_index_candidates(const struct udd_index *index);
@@ -64,9 +71,8 @@ size_t udd_index_bytes(const struct udd_index *index);
 // Most candidates of an agent. Needed before its first report: an unknown agent's limit is 0.
 int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit);
 // Looks reports up, in order; a page found nowhere becomes a candidate at once. Returns the number of matches (≤ count).
-// With `share_alone` a page found nowhere else is no candidate, but matches itself (`other`: its own agent).
-int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count, int share_alone,
-		     struct udd_match *ret_matches, struct udd_lookup_counts *ret);
+int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
+		     enum udd_alone alone, struct udd_match *ret_matches, struct udd_lookup_counts *ret);
 // Ends one round of an agent. Candidates not confirmed for two whole rounds of their agent are dropped by the next udd_index_age().
 void udd_index_next_round(struct udd_index *index, uint32_t agent);
 // Both return the number of candidates removed.
@@ -74,6 +80,11 @@ size_t udd_index_age(struct udd_index *index);
 size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent);
 // Removes a candidate whose digest is `digest`; returns 1 and who it was, or 0.
 int udd_index_take_candidate(struct udd_index *index, const uint64_t *digest, uint32_t *ret_agent, uint64_t *ret_address);
+
+// A page was parked (see store.c). Nobody looks at it any more, so it is a candidate that does not age until it is unparked, which
+// removes it. Both do nothing if the candidate with this digest is another page.
+int udd_index_park(struct udd_index *index, const uint64_t *digest, uint32_t agent, uint64_t address);
+void udd_index_unpark(struct udd_index *index, const uint64_t *digest, uint32_t agent, uint64_t address);
 
 int udd_index_publish(struct udd_index *index, const uint64_t *digest, uint32_t segment, uint32_t slot);
 // 1 and the place of the slot with this digest, or 0.
@@ -173,6 +184,8 @@ struct udd_fresh {
 };
 
 void udd_matches_sort(struct udd_match *matches, size_t count);
+// Those of `agent` that match more than themselves; ret has room for `count`. Returns their number.
+size_t udd_matches_without_alone(uint32_t agent, const struct udd_match *matches, size_t count, struct udd_match *ret);
 // Takes out the pages of one agent's targets; both are sorted by address. Returns how many matches are left.
 size_t udd_matches_without(struct udd_match *matches, size_t count, const struct udd_target *targets, size_t target_count);
 // The next (up to UDD_COPY_MAX) pages, from *position on, whose digest no slot has yet, each digest once. Pages in stretches of
@@ -191,6 +204,10 @@ void udd_targets_sort(struct udd_target *targets, size_t count); // by agent, th
 size_t udd_target_group(const struct udd_target *targets, size_t count);
 // One agent's sorted targets as runs of at most UDD_RUN_MAX pages; stretches of fewer than `least` pages are left out and counted.
 size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t least, struct udd_run *ret, uint64_t *ret_deferred);
+// The matches of `agent` whose page is in none of `runs`, as if they matched themselves; both are sorted by address, ret has room
+// for `count`. Returns their number.
+size_t udd_matches_outside(uint32_t agent, const struct udd_match *matches, size_t count, const struct udd_run *runs,
+			   size_t run_count, struct udd_match *ret);
 // Distinct segments of runs; returns how many there are, of which at most `max` are written.
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max);
 
@@ -255,6 +272,8 @@ struct udd_store *udd_store_create(void);
 void udd_store_destroy(struct udd_store *store); // its memory goes with the last of its holders
 // `base`: the engine's own writable mapping of the segment.
 int udd_store_add_segment(struct udd_store *store, uint32_t segment, void *base);
+// An empty segment is for this agent's parked pages, and nobody else is given it.
+int udd_store_own_segment(struct udd_store *store, uint32_t segment, uint32_t agent);
 // Digests, 2 words each, of all slots of an earlier engine's segment, which nobody can write to any more; 0, 0 for those that are
 // all zero. Returns the number of slots up to the last that is not. Touches nothing else: the one function for any thread.
 int udd_segment_digests(int descriptor, uint64_t *ret);
@@ -287,6 +306,11 @@ const char *udd_store_slot(const struct udd_store *store, uint32_t segment, uint
 
 struct udd_holder *udd_holder_create(struct udd_store *store);
 void udd_holder_destroy(struct udd_holder *holder); // gives all its references back
+// Whose it is, and who is to be told when its parked pages are none any more; `index` must live until it is cleared for good.
+void udd_holder_tell(struct udd_holder *holder, struct udd_index *index, uint32_t agent);
+// Tells it of the pages that are parked: of runs that were taken (an answer to UDD_MERGE) or adopted (`results`: NULL), those that are
+// so still.
+int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const struct udd_merge_result *results, size_t count);
 void udd_holder_clear(struct udd_holder *holder);
 uint64_t udd_holder_pages(const struct udd_holder *holder);
 uint64_t udd_holder_segment_pages(const struct udd_holder *holder, uint32_t segment);

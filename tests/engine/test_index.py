@@ -170,7 +170,7 @@ def test_pages_that_are_alone_match_themselves_on_request() -> None:
         index.set_limit(agent, 10)
 
     def matched(agent: int, *pages: tuple[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
-        found = index.look_up(agent, *reports_of(list(pages)), share_alone=True)
+        found = index.look_up(agent, *reports_of(list(pages)), alone=lib.UDD_ALONE_SHARE)
         array = found.array[0 : found.count]
         return [(match.address // PAGE, match.other, match.other_address // PAGE) for match in array]
 

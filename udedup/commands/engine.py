@@ -119,6 +119,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "0 or 1: always, as KSM does (default: %(default)s)",
     )
     parser.add_argument(
+        "--quiet-breaks",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let writes take as long where a page was only looked at as where it is shared, so that their time tells "
+        "nothing about others' memory; for all programs, not only those started with `udedup run --quiet-breaks` "
+        "(default: no)",
+    )
+    parser.add_argument(
         "--hint-slots",
         type=count(1),
         default=1 << 18,
@@ -198,6 +206,7 @@ def run(args: argparse.Namespace) -> int:
         smart_scan=args.smart_scan,
         hint_slots=args.hint_slots,
         huge_page_threshold=args.huge_page_threshold,
+        quiet_breaks=args.quiet_breaks,
         allowed_domains=frozenset(args.allow_domain) | settings.allowed,
         shared_domains=settings.shared,
         map_count=args.max_map_count,

@@ -24,7 +24,7 @@ from udedup.engine.adoption import Handover
 from udedup.engine.domain import Domain
 from udedup.engine.hints import Hinted, HintRing
 from udedup.engine.hugepages import Areas, HugePages
-from udedup.engine.index import Matches
+from udedup.engine.index import Index, Matches
 from udedup.engine.link import Answer, Link, Peer
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.planner import Fresh, Runs, Targets
@@ -180,6 +180,7 @@ class Agent:
         others: Others,
         newest_segment: Callable[[], int],
         shares_first_read: bool,
+        quiet: bool,
         shortage: Shortage,
     ) -> None:
         self.number = number
@@ -201,10 +202,15 @@ class Agent:
         self._others = others
         self._newest_segment = newest_segment
         self._shares_first_read = shares_first_read
+        self._quiet = quiet
+        """Whether how long a write takes must not tell if somebody else has the page: see :meth:`_take_quietly`."""
         self._shortage = shortage
         self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
         if self._holder == ffi.NULL:
             raise MemoryError
+        if quiet:
+            lib.udd_holder_tell(self._holder, domain.index.handle, number)
+            domain.own[number] = Index()
         self._handover = Handover(link, domain, counters, str(self))
         self._uncounted = bool(hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN))
         """Whether it has runs that are not counted yet."""
@@ -278,6 +284,8 @@ class Agent:
         self._counters.agent_cpu_ns_gone += stats.cpu_ns
         lib.udd_holder_clear(self._holder)
         self.domain.index.forget_agent(self.number)
+        self.domain.store.close_own(self.number)
+        self.domain.own.pop(self.number, None)
 
     # ---- the doorbell ----
 
@@ -435,18 +443,67 @@ class Agent:
         """Looks pages up, has fresh ones copied into the store, and merges what has a slot then."""
         if count == 0 or not self.merging:
             return
+        if self._quiet:
+            await self._take_quietly(reports, count, hinted, share_alone=share_alone)
+            return
         index = self.domain.index
         zeros = {} if self._huge.splits_always else hugepages.zeros_of(reports, count)
         async with self.domain.undisturbed():
-            matches = index.look_up(self.number, reports, count, share_alone=share_alone)
-            for targets in self._offered:
-                matches = planner.without_targets(matches, targets)
+            matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_CANDIDATE)
             matches, revisit = await self._worth_splitting(matches, zeros)
             if matches.count:
                 await self._publish_all(matches)
         if matches.count:
-            await self._merge_targets(planner.targets_of(index, self.number, matches), hinted)
+            await self._merge_runs(self._runs_of(index, matches), hinted)
         await self._revisit(revisit)
+
+    def _look_up(self, reports: CData, count: int, alone: int) -> Matches:
+        matches = self.domain.index.look_up(self.number, reports, count, alone=alone)
+        for targets in self._offered:
+            matches = planner.without_targets(matches, targets)
+        return matches
+
+    # ---- quiet breaks ----
+
+    # A write to a merged page takes longer than one to a private page, so it tells that somebody else has its content.
+    # An agent with quiet breaks has its pages in the store as soon as they were looked at, whether somebody else has
+    # them or not. If not, they are *parked*, in segments that no other agent is given; they are candidates all the
+    # same, and move to a shared slot once somebody else has their content. native/agent/fault.c evens out how long
+    # either kind takes to break.
+
+    async def _take_quietly(self, reports: CData, count: int, hinted: Hinted | None, *, share_alone: bool) -> None:
+        """Merges all pages or none: those that others have, too, with these, the others parked."""
+        if not self._may_park:
+            self._counters.merge_deferred += count
+            return
+        own = self.domain.own[self.number]
+        async with self.domain.undisturbed():
+            matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_PARK)
+            shareable = matches if share_alone else matches.without_alone(self.number)
+            # First what the copy area still has from the look at the pages.
+            for copied in (True, False):
+                await self._publish(shareable, copied=copied)
+                shared = planner.runs_of(planner.targets_of(self.domain.index, self.number, matches), self.least_run)
+                rest = shared.outside(self.number, matches)
+                await self._publish_own(own, rest, copied=copied)
+        await self._merge_runs(shared, hinted)
+        await self._merge_runs(planner.runs_of(planner.targets_of(own, self.number, rest), 1), hinted)
+
+    @property
+    def _may_park(self) -> bool:
+        """Whether it has mappings to park, and the store isn't full of its pages that could not be merged after all.
+
+        Such are pinned, say, or shared with a child.
+        """
+        dead = self.domain.store.dead_slots(self.number)
+        return self.least_run < planner.NEVER and dead <= max(REPORTS_MAX, self.pages_merged // 2)
+
+    async def _publish_own(self, own: Index, matches: Matches, *, copied: bool) -> None:
+        """Gives pages a slot in the agent's own segments. ``copied``: those only that the copy area has."""
+        none = ffi.new("struct udd_target[]", matches.count)
+        for fresh in planner.fresh_batches(own, matches, 1, copied=copied):
+            if self._may_publish(fresh.count) and (copied or await self._copy(fresh)):
+                self._store(own, self.number, fresh, none)
 
     # ---- huge pages ----
 
@@ -491,19 +548,22 @@ class Agent:
             await self._visit(ffi.new("struct udd_range[]", ranges), len(ranges), None)
 
     async def _publish_all(self, matches: Matches) -> None:
-        """Gives those matches a slot that have none, and has the others they match merged with it too."""
+        # First what the copy area still has from the look at the pages: copying the others overwrites it.
+        for copied in (True, False):
+            await self._publish(matches, copied=copied)
+
+    async def _publish(self, matches: Matches, *, copied: bool) -> None:
+        """Gives those matches a slot that have none, and has the others they match merged with it too.
+
+        ``copied``: only those that the copy area has.
+        """
         others = ffi.new("struct udd_target[]", matches.count)
         other_count = 0
-        # First what the copy area still has from the look at the pages: copying the others overwrites it.
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=True):
+        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=copied):
             if not self._may_publish(fresh.count):
-                break
-            other_count += self._store(fresh, others + other_count)
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=False):
-            if not self._may_publish(fresh.count):
-                self._counters.merge_deferred += fresh.count
-            elif await self._copy(fresh):
-                other_count += self._store(fresh, others + other_count)
+                self._counters.merge_deferred += 0 if copied else fresh.count
+            elif copied or await self._copy(fresh):
+                other_count += self._store(self.domain.index, 0, fresh, others + other_count)
         for targets in planner.by_agent(others, other_count):
             self._others.offer_merge(targets)
 
@@ -533,8 +593,11 @@ class Agent:
             fresh.copied(_items(answer.packet, "struct udd_copied *", 0).valid)
         return answer.status == 0
 
-    def _store(self, fresh: Fresh, ret_targets: CData) -> int:
-        """Publishes copied pages; returns how many older candidates were found for them (struct udd_target)."""
+    def _store(self, index: Index, owner: int, fresh: Fresh, ret_targets: CData) -> int:
+        """Publishes copied pages; returns how many older candidates were found for them (struct udd_target).
+
+        ``owner``: of the segment that they go to (see Segment.owner).
+        """
         store = self.domain.store
         position = ffi.new("size_t *")
         counts = ffi.new("struct udd_publish_counts *")
@@ -544,8 +607,8 @@ class Agent:
                 targets += check(
                     lib.udd_store_publish(
                         store.handle,
-                        self.domain.index.handle,
-                        store.writable().number,
+                        index.handle,
+                        store.writable(owner).number,
                         self.area.copies,
                         fresh.array,
                         fresh.count,
@@ -584,18 +647,21 @@ class Agent:
         if not self._huge.splits_always:
             put_off, revisit = await self._judge(hugepages.areas_of(targets.array, targets.count), {})
             targets = hugepages.targets_outside(put_off, targets)
-        await self._merge_targets(targets, None)
+        await self._merge_runs(self._runs_of_targets(targets), None)
         await self._revisit(revisit)
 
-    async def _merge_targets(self, targets: Targets, hinted: Hinted | None) -> None:
-        """Has pages merged with their slots; those in short runs only while the agent has mappings to spare."""
-        if not self.merging:
-            return
+    def _runs_of(self, index: Index, matches: Matches) -> Runs:
+        """Those matches that have a slot by now; in short runs only while the agent has mappings to spare."""
+        return self._runs_of_targets(planner.targets_of(index, self.number, matches))
+
+    def _runs_of_targets(self, targets: Targets) -> Runs:
         runs = planner.runs_of(targets, self.least_run)
         self._counters.merge_deferred += runs.deferred
-        await self._merge_runs(runs, hinted)
+        return runs
 
     async def _merge_runs(self, runs: Runs, hinted: Hinted | None) -> None:
+        if runs.count == 0 or not self.merging:
+            return
         segments = self.domain.store.segments
         pinned = [segments[number] for number in runs.segments() if number in segments]
         for segment in pinned:
@@ -637,6 +703,9 @@ class Agent:
                 hinted.array, hinted.count, array, results, count, time.monotonic_ns(), counters.lead_times.histogram
             )
         self._drain()
+        if self._quiet:
+            # Not before: a page that moved from one parking place to another has left the former.
+            check(lib.udd_holder_park(self._holder, array, results, count), "parking pages")
 
     async def _send_segment(self, segment: Segment) -> bool:
         """Makes sure the agent has a segment; False if it would not take it."""
@@ -707,11 +776,21 @@ class Agent:
     async def _recount(self) -> None:
         def take(answer: Answer, array: CData) -> None:
             check(lib.udd_holder_adopt(self._holder, array, answer.count), "a run it says it has")
-            self._adopted.update(Runs(array, answer.count).segments() & self.domain.store.segments.keys())
+            found = Runs(array, answer.count).segments() & self.domain.store.segments.keys()
+            self._adopted.update(found)
+            # Of a parent, whose later pages are none of its business.
+            for owner in {self.domain.store.segments[number].owner for number in found} - {0, self.number}:
+                self.domain.store.close_own(owner)
+            if self._quiet:
+                check(lib.udd_holder_park(self._holder, array, ffi.NULL, answer.count), "parking pages")
             self._drain()
 
         answer = await self._ask_runs(0, RECOUNT)
         check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
+        if self._quiet:
+            # Some of its parked pages are none any more, but which?
+            self.domain.index.forget_agent(self.number)
+            self.refresh_limit()
         self._uncounted = False
         await self._read_runs(answer, RECOUNT, take)
         self._drain()

@@ -4,7 +4,9 @@ A page that nobody refers to any more is not lost at once: who comes next with t
 left alone for a while. But processes come and go, and each may leave a page or two that live on in an otherwise dead
 segment, where no single segment need be nearly empty for the store as a whole to be half dead. Hence two rules:
 
-- a full segment with less than a quarter of its pages in use is retired at once: that costs little and gives much;
+- a full segment with less than a quarter of its pages in use is retired at once: that costs little and gives much; one with
+  the pages that an agent has parked (see ``Agent._take_quietly``), full or not, with less than three quarters: whatever
+  others turn out to have leaves it;
 - a store of which too little has been in use for a while is compacted, the emptiest segments first, a bounded step at a
   time, until enough of it is in use.
 """
@@ -15,6 +17,12 @@ import attrs
 
 SPARSE = 0.25
 """Part of a full segment that must be in use, or it is retired at once."""
+
+OWN_SPARSE = 0.75
+"""Likewise of one with parked pages …"""
+
+OWN_LEAST = 256
+"""… once so many of its slots are used."""
 
 LIVE_LEAST = 0.75
 """Part of a store that should be in use …"""
@@ -45,11 +53,15 @@ class Fill:
     """Mappings of these."""
     growing: bool = False
     """Whether new pages still go there."""
+    own: bool = False
+    """Whether it is for the pages that one agent has parked."""
 
     @property
     def sparse(self) -> bool:
         """Whether it is to be retired whatever the others are."""
-        return not self.growing and (not self.used or self.live < SPARSE * self.used)
+        if self.growing and (not self.own or self.used < OWN_LEAST):
+            return False
+        return not self.used or self.live < (OWN_SPARSE if self.own else SPARSE) * self.used
 
 
 def is_thin(fills: Collection[Fill]) -> bool:
@@ -65,7 +77,7 @@ def step(fills: Sequence[Fill]) -> list[int]:
     chosen: list[int] = []
     for fill in sorted((fill for fill in fills if fill.used), key=lambda fill: fill.live / fill.used):
         references += fill.references
-        if live >= LIVE_AFTER * used and live or fill.live == fill.used or (chosen and references > STEP_REFERENCES):
+        if (live >= LIVE_AFTER * used and live) or fill.live == fill.used or (chosen and references > STEP_REFERENCES):
             break
         chosen.append(fill.number)
         used -= fill.used - fill.live
@@ -77,17 +89,17 @@ class Compaction:
 
     def __init__(self) -> None:
         self._thin_since: float | None = None
-        self._growing: Fill | None = None
+        self._growing: dict[int, int] = {}
+        """Pages written so far to the segments that new ones go to, by number."""
 
     def choose(self, fills: Sequence[Fill], now: float, *, patience: float = PATIENCE) -> list[int]:
         """Numbers of the segments to retire now (s); to be asked again and again."""
         chosen = [fill.number for fill in fills if fill.sparse]
-        rest = [fill for fill in fills if not fill.sparse]
-        growing = next((fill for fill in rest if fill.growing), None)
         # Pages just written wait for their first mappings: a segment that has new ones is not judged yet.
-        if growing is not None and (self._growing is None or self._growing.used != growing.used):
-            rest.remove(growing)
-        self._growing = growing
+        before, self._growing = self._growing, {fill.number: fill.used for fill in fills if fill.growing}
+        rest = [
+            fill for fill in fills if not fill.sparse and (not fill.growing or before.get(fill.number) == fill.used)
+        ]
         if not is_thin(rest):
             self._thin_since = None
             return chosen

@@ -77,6 +77,11 @@ class EngineConfig:
     huge_page_threshold: int = 8
     """Split a transparent huge page only if at least so many of its 512 pages would merge; 0 or 1: always."""
 
+    quiet_breaks: bool = False
+    """Whether a write must take as long where a page was only looked at as where it is shared, in all programs.
+
+    Otherwise in those that ask for it (`udedup run --quiet-breaks`)."""
+
     holdoff_millisecs: int = 1000
     """How long agents leave a page alone after it broke, ms."""
 

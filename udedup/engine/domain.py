@@ -14,7 +14,7 @@ import trio
 
 from udedup.engine.index import Index
 from udedup.engine.link import Strays
-from udedup.engine.store import SegmentNumbers, Store, segment_prefix
+from udedup.engine.store import Segment, SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import AgentError
 from udedup.labels import OFF, PRIVATE, RESERVED
 
@@ -112,6 +112,8 @@ class Domain:
         """Agents whose references are being counted anew: until that is done, too few are known."""
         self.shelves: dict[int, Shelf] = {}
         """Of images in the engine's mount, by inode: their blocks that are in this store."""
+        self.own: dict[int, Index] = {}
+        """By agent: which of its own slots has what it parks (see ``Agent._take_quietly``)."""
         self._publishing = trio.Lock()
 
     @asynccontextmanager
@@ -142,6 +144,10 @@ class Domain:
                 counters=counters,
             )
         return self.shelves[image.inode]
+
+    def index_of(self, segment: Segment) -> Index:
+        """What leads to the slots of a segment; to an agent's own that is gone, nothing."""
+        return self.own.get(segment.owner) or Index() if segment.owner else self.index
 
     @property
     def label(self) -> str:

@@ -18,6 +18,11 @@ class Matches:
 
     count: int
 
+    def without_alone(self, agent: int) -> "Matches":
+        """Those of an agent that match more than themselves."""
+        array = ffi.new("struct udd_match[]", self.count)
+        return Matches(array, lib.udd_matches_without_alone(agent, self.array, self.count, array))
+
 
 class Index:
     """Digest → place, for all agents of a domain."""
@@ -29,7 +34,7 @@ class Index:
 
     @property
     def candidates(self) -> int:
-        """Pages seen once."""
+        """Pages seen once, parked ones included."""
         return int(lib.udd_index_candidates(self.handle))
 
     @property
@@ -46,14 +51,14 @@ class Index:
         """Most candidates of an agent; needed before its first look-up."""
         check(lib.udd_index_set_limit(self.handle, agent, min(pages, 0xFFFFFFFF)), "a limit")
 
-    def look_up(self, agent: int, reports: CData, count: int, *, share_alone: bool = False) -> Matches:
-        """Looks up struct udd_report[]; what is found nowhere becomes a candidate, or matches itself (``share_alone``).
+    def look_up(self, agent: int, reports: CData, count: int, *, alone: int = lib.UDD_ALONE_CANDIDATE) -> Matches:
+        """Looks up struct udd_report[]; ``alone``: what becomes of what is found nowhere else (enum udd_alone).
 
         Raises AgentError on an impossible address.
         """
         matches = ffi.new("struct udd_match[]", count)
         counts = ffi.new("struct udd_lookup_counts *")
-        found = lib.udd_index_lookup(self.handle, agent, reports, count, share_alone, matches, counts)
+        found = lib.udd_index_lookup(self.handle, agent, reports, count, alone, matches, counts)
         check(found, "an address it reported, or where it says its copy is,")
         lib.udd_matches_sort(matches, found)
         return Matches(matches, found)

@@ -129,6 +129,12 @@ class Runs:
         kept = [self.array[i] for i in range(self.count) if self.array[i].segment not in segments]
         return Runs(ffi.new("struct udd_run[]", kept), len(kept), self.deferred)
 
+    def outside(self, agent: int, matches: Matches) -> Matches:
+        """An agent's matched pages that are in none of them, as if they matched themselves."""
+        array = ffi.new("struct udd_match[]", matches.count)
+        left = lib.udd_matches_outside(agent, matches.array, matches.count, self.array, self.count, array)
+        return Matches(array, left)
+
     def chunks(self, items: int) -> Iterator[tuple[CData, int]]:
         """Parts (struct udd_run *, count) of at most ``items`` runs."""
         for start in range(0, self.count, items):

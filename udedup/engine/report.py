@@ -59,9 +59,10 @@ def status(
 
     ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack.
     """
-    shared = sum(domain.store.live_slots for domain in domains)
+    parked = sum(domain.store.parked_slots for domain in domains)
+    shared = sum(domain.store.live_slots for domain in domains) - parked
     used = sum(domain.store.used_slots for domain in domains)
-    merged = sum(agent.pages_merged for agent in agents)
+    merged = sum(agent.pages_merged for agent in agents) - parked
     zero = sum(agent.area.stats.zero_pages for agent in agents)
     candidates = sum(domain.index.candidates for domain in domains)
     saved = (max(0, merged - shared) + zero) * PAGE
@@ -119,7 +120,7 @@ def status(
             segments=sum(len(domain.store.segments) for domain in domains),
             adopted=counters.segments_adopted,
             bytes=used * PAGE,
-            live_bytes=shared * PAGE,
+            live_bytes=(shared + parked) * PAGE,
             retired=counters.segments_retired,
         ),
         index=IndexStatus(

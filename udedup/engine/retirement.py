@@ -1,6 +1,6 @@
 """Gives the memory of segments back in which few slots are still in use (see ``udedup.engine.store``)."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Protocol
 
@@ -58,15 +58,20 @@ class Retirement:
                 if agent.has_stale_segments:
                     agent.submit(agent.forget_segments)
 
-    def _retire(self, domain: Domain, agents: Iterable[Agent]) -> None:
+    def _retire(self, domain: Domain, agents: Collection[Agent]) -> None:
         now = trio.current_time()
         for number in self._compactions[domain].choose(domain.store.fills(now), now):
-            domain.store.begin_retirement(domain.store.segments[number], domain.index)
+            segment = domain.store.segments[number]
+            domain.store.begin_retirement(segment, domain.index_of(segment))
         for segment in list(domain.store.segments.values()):
             if segment.moves is None:
                 continue
+            # A child that has pages of its parent's must not be given what that parks later.
+            apart = segment.owner != 0 and any(
+                agent.segment_pages(segment.number) for agent in agents if agent.number != segment.owner
+            )
             try:
-                domain.store.continue_retirement(segment, domain.index)
+                domain.store.continue_retirement(segment, domain.index_of(segment), apart=apart)
             except OSError as error:
                 if not self._household.shortage.explains(error, "moving pages out of a sparse segment has to wait"):
                     raise

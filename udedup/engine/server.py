@@ -240,6 +240,7 @@ class Engine:
 
     def _admit(self, sock: socket.socket, peer: Peer, hello: Hello, number: int, domain: Domain) -> tuple[Agent, Link]:
         """Makes the shared area and sends the welcome. Raises LinkClosedError, or OSError if memory is short."""
+        quiet = self.config.quiet_breaks or bool(hello.flags & lib.UDD_HELLO_QUIET)
         with ExitStack() as stack:
             descriptor = _shared_area()
             stack.callback(os.close, descriptor)
@@ -252,7 +253,7 @@ class Engine:
                 engine_id=self.identity,
                 mount_dev=self.mount_dev,
                 agent_id=number,
-                flags=self._flags(),
+                flags=self._flags(quiet),
                 vma_limit=self._vma_limit,
                 holdoff_ms=self.config.holdoff_millisecs,
             )
@@ -275,22 +276,26 @@ class Engine:
             link=link,
             area=area,
             vma_limit=self._vma_limit,
-            huge_page_threshold=self.config.huge_page_threshold,
+            # How much of a huge page others have would show in whether it is split.
+            huge_page_threshold=1 if quiet else self.config.huge_page_threshold,
             counters=self.counters,
             others=self.rounds,
             newest_segment=lambda: self._numbers.newest,
             shares_first_read=self.config.chosen_policy.shares_first_read,
+            quiet=quiet,
             shortage=self.shortage,
         )
         return agent, link
 
-    def _flags(self) -> int:
+    def _flags(self, quiet: bool) -> int:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
         if self.config.smart_scan:
             flags |= lib.UDD_CONFIG_SMART_SCAN
-        if self.config.huge_page_threshold > 1:
+        if quiet:
+            flags |= lib.UDD_CONFIG_QUIET
+        elif self.config.huge_page_threshold > 1:
             flags |= lib.UDD_CONFIG_KEEP_HUGE
         return flags
 
