@@ -980,7 +980,7 @@ async def test_store_that_can_t_grow(start: Start, warnings: Warnings, monkeypat
     engine = await start()
     first, second = await pair(engine, 4096)
 
-    def refuse(number: int, prefix: str) -> Segment:
+    def refuse(number: int, prefix: str, owner: int) -> Segment:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     more = {**memory(4096, base=3 * BASE), **memory(100, base=4 * BASE, first=10_000)}
@@ -1090,10 +1090,11 @@ async def test_bad_hello(start: Start, warnings: Warnings, changes: dict[str, An
 async def test_other_versions_are_left_alone(start: Start, warnings: Warnings, length: int) -> None:
     """Whatever follows the version in their hello. All of them together are worth one line."""
     engine = await start()
+    ours = lib.UDD_WIRE_VERSION
 
     def say() -> list[bytes]:
         answers = []
-        for version in (2, 4, 2, 4, 99):
+        for version in (ours - 1, ours + 1, ours - 1, ours + 1, 99):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.connect(str(engine.path))
                 sock.send(hello_with(engine.path, version=version)[:40].ljust(length, b"\0"))
@@ -1104,7 +1105,7 @@ async def test_other_versions_are_left_alone(start: Start, warnings: Warnings, l
     for answer in await trio.to_thread.run_sync(say):
         assert HEADER.unpack_from(answer)[1] == lib.UDD_REFUSED
         assert "of the protocol" in answer[HEADER.size :].split(b"\0")[0].decode()
-    await one_dropped(engine, warnings, "version 2 of the protocol, this engine speaks 3")
+    await one_dropped(engine, warnings, f"version {ours - 1} of the protocol, this engine speaks {ours}")
 
 
 @pytest.mark.parametrize("packet", [b"\0", os.urandom(300), b"x" * 100_000])

@@ -190,7 +190,7 @@ def test_a_segment_that_is_no_more_leads_nowhere(make: Make) -> None:
     filled.store.begin_retirement(old, filled.index)
     # Its pages are still there, and still right.
     assert image.take(0, 4 * PAGE) == (b"".join(pages(1, 2, SEGMENT_SLOTS + 1, 3)), ())
-    filled.store.continue_retirement(old, filled.index)
+    filled.store.continue_retirement(old, filled.index, apart=False)
     assert filled.store.finish_retirement() == [1]
     assert image.shelf.there(0, 4) == 0b0100
     assert image.take(0, 2 * PAGE) is None

@@ -321,7 +321,7 @@ def test_retirement(live: int) -> None:
     assert [fill.number for fill in store.fills(0) if fill.sparse] == [1]
     segment = store.segments[1]
     store.begin_retirement(segment, filled.index)
-    store.continue_retirement(segment, filled.index)
+    store.continue_retirement(segment, filled.index, apart=False)
     assert [fill.number for fill in store.fills(0)] == [2]
     for slot in range(4096):
         place = filled.place(page(slot + 1))

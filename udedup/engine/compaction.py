@@ -1,12 +1,12 @@
 """Which segments of a store to retire, so that what dies in it comes back.
 
-A page that nobody refers to any more is not lost at once: who comes next with the same content merges with it. So holes are
-left alone for a while. But processes come and go, and each may leave a page or two that live on in an otherwise dead
-segment, where no single segment need be nearly empty for the store as a whole to be half dead. Hence two rules:
+A page that nobody refers to any more is not lost at once: who comes next with the same content merges with it. So holes
+are left alone for a while. But processes come and go, and each may leave a page or two that live on in an otherwise
+dead segment, where no single segment need be nearly empty for the store as a whole to be half dead. Hence two rules:
 
-- a full segment with less than a quarter of its pages in use is retired at once: that costs little and gives much; one with
-  the pages that an agent has parked (see ``Agent._take_quietly``), full or not, with less than three quarters: whatever
-  others turn out to have leaves it;
+- a full segment with less than a quarter of its pages in use is retired at once: that costs little and gives much; one
+  with the pages that an agent has parked (see ``Agent._take_quietly``), full or not, with less than three quarters:
+  whatever others turn out to have leaves it;
 - a store of which too little has been in use for a while is compacted, the emptiest segments first, a bounded step at a
   time, until enough of it is in use.
 """
