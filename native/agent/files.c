@@ -2,9 +2,12 @@
 #include "files.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 
 #include "agent.h"
@@ -41,6 +44,7 @@ bool udd_file_wanted(struct udd_span span, int protection, int flags, int fd, st
 		.inode = status.st_ino,
 		.mergeable = 1,
 		.shared = type == MAP_SHARED,
+		.protection = PROT_READ,
 	};
 	return true;
 }
@@ -55,6 +59,50 @@ void udd_file_add(const struct udd_file *file)
 		udd_agent.files[i] = *file;
 		udd_agent.files_used = (uint32_t)udd_max(udd_agent.files_used, i + 1);
 		return;
+	}
+}
+
+// One line of /proc/self/maps. Is it a mapping that may be known?
+static bool parse_mapping(const char *line, struct udd_file *ret)
+{
+	unsigned major, minor;
+	char permissions[5];
+	struct stat status;
+	int path = 0;
+
+	*ret = (struct udd_file){.mergeable = 1, .protection = PROT_READ};
+	if (sscanf(line, "%lx-%lx %4s %*x %x:%x %lu %n", &ret->span.start, &ret->span.end, permissions, &major, &minor, &ret->inode,
+		   &path) != 6 || line[path] != '/')
+		return false;
+	if (strcmp(permissions, "r-xp") == 0)
+		ret->protection |= PROT_EXEC;
+	else if (strcmp(permissions, "r--p") != 0)
+		return false;
+	ret->device = makedev(major, minor);
+	return stat(line + path, &status) == 0 && status.st_dev == ret->device && status.st_ino == ret->inode &&
+	       S_ISREG(status.st_mode) && !(status.st_mode & WRITE_BITS);
+}
+
+void udd_files_at_start(void)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[PATH_MAX + 128];
+	struct udd_file file;
+
+	while (maps && fgets(line, sizeof(line), maps)) {
+		line[strcspn(line, "\n")] = '\0';
+		if (parse_mapping(line, &file))
+			udd_file_add(&file);
+	}
+	if (maps)
+		fclose(maps);
+}
+
+void udd_files_choose(uint64_t device)
+{
+	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
+		if (udd_agent.files[i].device != device)
+			udd_agent.files[i].mergeable = 0;
 	}
 }
 
@@ -179,8 +227,8 @@ static bool is_served(const struct udd_file *file)
 
 static bool restorable(const struct udd_run_entry *run, bool forced)
 {
-	return run->file && !run->broken && run->protection == PROT_READ && !(run->attributes & UDD_ATTRIBUTE_LOCKED) &&
-	       (forced || is_served(file_of(run->file)));
+	return run->file && !run->broken && run->protection == file_of(run->file)->protection &&
+	       !(run->attributes & UDD_ATTRIBUTE_LOCKED) && (forced || is_served(file_of(run->file)));
 }
 
 void udd_files_restore(struct udd_span span, bool forced)

@@ -679,7 +679,8 @@ static void merge_locked(struct transaction *tx, const struct udd_run *run, int 
 			}
 			entry.attributes = (uint8_t)candidate->attributes;
 			entry.file = candidate->file;
-			entry.protection = candidate->file ? PROT_READ : PROT_READ | PROT_WRITE;
+			entry.protection = candidate->file ? (uint8_t)udd_agent.files[candidate->file - 1].protection
+							   : PROT_READ | PROT_WRITE;
 			if (candidate->file)
 				merge_file(tx, from, to, &entry, ret);
 			else

@@ -216,7 +216,7 @@ static int start_faults(struct worker *worker, int device)
 	return 0;
 }
 
-static int use_shared_area(struct worker *worker, int fd)
+static int use_shared_area(struct worker *worker, int fd, uint64_t mount_dev)
 {
 	struct udd_live *live = udd_live();
 	uint64_t merged = live->stats->pages_merged;
@@ -235,6 +235,7 @@ static int use_shared_area(struct worker *worker, int fd)
 	worker->scan.shared_fd = fd;
 	stats = (struct udd_stats *)(worker->shared + UDD_SHARED_STATS);
 	udd_lock_exclusive(&live->lock, 0);
+	udd_files_choose(mount_dev);
 	*stats = live->own_stats;
 	stats->pages_merged = merged;
 	stats->runs = udd_agent.runs.count;
@@ -287,7 +288,7 @@ static int join(struct worker *worker)
 	ret = start_faults(worker, message.fds[1]);
 	udd_close(message.fds[1]);
 	if (!ret)
-		ret = use_shared_area(worker, message.fds[0]);
+		ret = use_shared_area(worker, message.fds[0], welcome->mount_dev);
 	if (ret) {
 		udd_close(message.fds[0]);
 		udd_stop_merging(ret == -EPERM ? "no permission for userfaultfd" : "userfaultfd or memory is not to be had");

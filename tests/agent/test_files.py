@@ -2,8 +2,10 @@
 
 import random
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -174,4 +176,36 @@ def test_an_image_that_changes_is_the_file_again(
     print("", file=process.stdin, flush=True)
     assert read_line(process.stdout, PATIENCE) == "the file again\n"
     assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0
+
+
+def test_libraries_loaded_at_the_start(compile_c: Callable[..., Path], tmp_path: Path, ledger: Ledger) -> None:
+    """Called all the while, by threads that run in what is being replaced."""
+    source = PROGRAM.with_name("library.c")
+    library = compile_c(source, "-DLIBRARY", "-shared", "-fPIC")
+    program = compile_c(source, "-Inative", "-pthread")
+    engine = start_engine(
+        tmp_path, ledger, "--sleep-millisecs", "0", images={"libone.so": library, "libtwo.so": library}
+    )
+    assert engine.mount is not None
+    libraries = [str(engine.mount / name) for name in ("libone.so", "libtwo.so")]
+    wrapper = Wrapper(engine, ledger)
+    preload = f"{wrapper.environment()['LD_PRELOAD']} {' '.join(libraries)}"
+    wrapper.check(program, *libraries, extra={"LD_PRELOAD": preload, "UDEDUP_TEST_DELAYS": "1"})
+    assert engine.stop() == 0
+
+
+def test_python_and_sqlite(images: dict[str, Path], tmp_path: Path, ledger: Ledger) -> None:
+    database = tmp_path / "things.db"
+    with closing(sqlite3.connect(database)) as connection:
+        draw = random.Random(3)
+        connection.execute("CREATE TABLE things (number INTEGER, text TEXT)")
+        rows = [(i, draw.randbytes(200).hex()) for i in range(1000)]
+        connection.executemany("INSERT INTO things VALUES (?, ?)", rows)
+        connection.commit()
+    copies = {"one.db": database, "two.db": database}
+    engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images | copies)
+    assert engine.mount is not None
+    paths = [engine.mount / name for name in (*images, *copies)]
+    Wrapper(engine, ledger).check("/usr/bin/python3", PROGRAM.with_name("mapped.py"), *paths)
     assert engine.stop() == 0
