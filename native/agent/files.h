@@ -47,7 +47,8 @@ bool udd_file_wanted(struct udd_span span, int protection, int flags, int fd, st
 void udd_files_at_start(void);
 // The mount is known now: forgets what is not on it. The lock is held exclusively.
 void udd_files_choose(uint64_t device);
-// Remembers it, if there is room.
+// Remembers it, if there is room, and if it is not known to be elsewhere: what is mapped before the engine has said where its
+// mount is may be on it.
 void udd_file_add(const struct udd_file *file);
 // Something about the application's mappings of `span` was changed, or will be. The lock may be held shared.
 void udd_files_changed(struct udd_span span);

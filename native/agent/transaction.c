@@ -482,6 +482,11 @@ static void relocate(const struct transaction *tx, unsigned from, unsigned to, c
 	uint64_t copies = 0;
 	int error;
 
+	// A hint may be about pages that are there already.
+	if (old.segment == wanted->segment && old.slot == wanted->slot + from) {
+		ret->busy |= bits(from, to);
+		return;
+	}
 	if (old.broken || (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
 		ret->busy |= bits(from, to);
 		return;

@@ -296,7 +296,6 @@ static int join(struct worker *worker)
 	}
 	udd_agent.engine_id[0] = welcome->engine_id[0];
 	udd_agent.engine_id[1] = welcome->engine_id[1];
-	live->mount_dev = welcome->mount_dev;
 	live->holdoff_ns = (uint64_t)welcome->holdoff_ms * 1000000;
 	live->vma_limit = welcome->vma_limit;
 	worker->scan.flags = welcome->flags;
