@@ -142,16 +142,17 @@ def test_unmerged_they_are_the_file_again(
 def test_faults_are_hints_with_addresses(
     images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
 ) -> None:
-    """Nothing else could merge this soon: a round of the linear scan would take minutes."""
-    pace = ("--policy", "xlh", "--sleep-millisecs", "1000", "--pages-to-scan", "200")
+    """The linear scan hardly ever has a turn."""
+    pace = ("--hint-ratio", "100:1", "--sleep-millisecs", "300", "--pages-to-scan", "200")
     engine = start_engine(tmp_path, ledger, *pace, images=images)
     process = Wrapper(engine, ledger).start(
         program, "faults", "private", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert read_line(process.stdout, PATIENCE) == "merged\n"
-    status = engine.status()
-    assert status["hints"]["merged"] >= PAGES
+    engine.wait_until("merged by hints", lambda status: status["hints"]["merged"] >= PAGES)
+    print("", file=process.stdin, flush=True)
     assert process.wait(PATIENCE) == 0
     assert engine.stop() == 0
 
