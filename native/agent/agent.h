@@ -132,6 +132,7 @@ struct udd_agent {
 	uint64_t run_pages;        // pages in all runs, broken ones too. Under the map lock.
 	struct udd_file files[UDD_FILES_MAX]; // mappings of files. Under the map lock.
 	uint32_t files_used;       // slots of it that were ever used
+	uint64_t files_served;     // st_dev of the mount whose engine was there when last heard of; 0: none. Under the map lock.
 	struct udd_layout layout;  // candidates. The worker's own.
 	struct udd_marks marks;    // checksums of pages. The worker's own.
 	struct udd_segment_map *segments; // UDD_SEGMENTS_MAX

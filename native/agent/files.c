@@ -106,6 +106,7 @@ void udd_files_choose(uint64_t device)
 {
 	udd_live()->mount_dev = device;
 	udd_live()->mount_known = 1;
+	udd_agent.files_served = device;
 	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
 		if (udd_agent.files[i].device != device)
 			udd_agent.files[i].mergeable = 0;
@@ -117,7 +118,7 @@ void udd_files_changed(struct udd_span span)
 	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
 		struct udd_file *file = &udd_agent.files[i];
 
-		if (udd_span_overlaps(file->span, span))
+		if (__atomic_load_n(&file->mergeable, __ATOMIC_RELAXED) && udd_span_overlaps(file->span, span))
 			__atomic_store_n(&file->mergeable, 0, __ATOMIC_RELAXED);
 	}
 }
@@ -227,7 +228,7 @@ static int restore(struct udd_span span)
 
 static bool is_served(const struct udd_file *file)
 {
-	return udd_live()->drops && file->device == udd_live()->mount_dev;
+	return file->device == udd_agent.files_served;
 }
 
 static bool restorable(const struct udd_run_entry *run, bool forced)

@@ -260,6 +260,7 @@ static void leave_shared_area(struct worker *worker)
 	live->own_stats.merging = 0;
 	live->stats = &live->own_stats;
 	live->drops = NULL;
+	udd_agent.files_served = 0;
 	__atomic_store_n(&live->hints, NULL, __ATOMIC_RELEASE);
 	udd_unlock_exclusive(&live->lock);
 	udd_close(worker->scan.shared_fd);
