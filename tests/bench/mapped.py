@@ -4,7 +4,7 @@
 Two images with the same random content, mapped privately to be read, whole, by half of the processes each. First bare,
 then wrapped, once all of it is merged. Counted by the kernel: pages of the images in the page cache of the mount and of
 the files beneath it (cachestat), those of the store, and the processes' Pss of images and store. Pages in the page
-cache that nobody maps go when memory is short; the last figures are after they were told to go (posix_fadvise).
+cache that nobody maps go when memory is short; "dropped" is after they were told to go (posix_fadvise).
 """
 
 import ctypes
@@ -93,6 +93,9 @@ def measure(bench: Bench, quick: bool) -> Report:
     files = {name: bench.folder / name for name in IMAGES}
     for path in files.values():
         path.write_bytes(content)
+        # What is not on the disk yet could not be dropped.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     program = bench.compile("mapped")
     with bench.engine("--sleep-millisecs", "0", images=files) as engine, ExitStack() as stack:
         assert engine.mount is not None
@@ -101,8 +104,11 @@ def measure(bench: Bench, quick: bool) -> Report:
         for each in bare:
             each.ask("touch")
         before = look(engine, files, bare)
-        stack.pop_all().close()
         for path in (*paths, *files.values()):
+            drop(path)
+        before_dropped = look(engine, files, bare)
+        stack.pop_all().close()
+        for path in paths:
             drop(path)
         wrapped = [stack.enter_context(bench.start(engine, program, path)) for path in paths]
         wait_for_agents(engine, PROCESSES)
@@ -118,7 +124,7 @@ def measure(bench: Bench, quick: bool) -> Report:
         for path in (*paths, *files.values()):
             drop(path)
         after = look(engine, files, wrapped)
-    moments = {"bare": before, "merged": merged, "merged, unmapped cache dropped": after}
+    moments = {"bare": before, "bare, dropped": before_dropped, "merged": merged, "merged, dropped": after}
     figures = [
         Figure.of(f"{what}: {part}", "MB", [getattr(memory, part) / 1e6])
         for what, memory in moments.items()
