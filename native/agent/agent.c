@@ -254,6 +254,7 @@ __attribute__((constructor)) static void wrapped(void)
 	// Loaded, but not by `udedup run`: udedup_join() comes later, or never.
 	if (!socket_path || udd_agent_init(socket_path, label ? label : ""))
 		return;
+	udd_files_at_start();
 	udd_agent_start();
 }
 

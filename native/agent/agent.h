@@ -80,7 +80,8 @@ struct udd_live {
 	struct udd_hint_ring *hints;   // in the shared area; NULL before joining
 	struct udd_drop_ring *drops;   // likewise
 	uint64_t reported;             // the engine knows of the runs below this address
-	uint64_t mount_dev;            // st_dev of the udedup mount
+	uint64_t mount_dev;            // st_dev of the udedup mount, 0: none. Set under the map lock held exclusively
+	uint32_t mount_known;          // 1: mount_dev says what the engine said
 	uint64_t holdoff_ns;           // how long a broken page is left alone
 	uint64_t vma_limit;            // mappings the process may have
 	int32_t fault_tid;             // the fault thread, for its CPU clock
@@ -131,6 +132,7 @@ struct udd_agent {
 	uint64_t run_pages;        // pages in all runs, broken ones too. Under the map lock.
 	struct udd_file files[UDD_FILES_MAX]; // mappings of files. Under the map lock.
 	uint32_t files_used;       // slots of it that were ever used
+	uint64_t files_served;     // st_dev of the mount whose engine was there when last heard of; 0: none. Under the map lock.
 	struct udd_layout layout;  // candidates. The worker's own.
 	struct udd_marks marks;    // checksums of pages. The worker's own.
 	struct udd_segment_map *segments; // UDD_SEGMENTS_MAX

@@ -2,9 +2,12 @@
 #include "files.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 
 #include "agent.h"
@@ -24,16 +27,20 @@ static struct udd_file *file_of(uint32_t file)
 	return &udd_agent.files[file - 1];
 }
 
+static bool may_be_on_mount(uint64_t device)
+{
+	return !udd_live()->mount_known || device == udd_live()->mount_dev;
+}
+
 bool udd_file_wanted(struct udd_span span, int protection, int flags, int fd, struct udd_file *ret)
 {
 	const int type = flags & MAP_TYPE;
-	uint64_t mount = udd_live()->mount_dev;
 	struct stat status;
 
-	if (!mount || fd < 0 || protection != PROT_READ || (flags & (MAP_ANONYMOUS | MAP_LOCKED | MAP_GROWSDOWN | MAP_HUGETLB)) ||
+	if (fd < 0 || protection != PROT_READ || (flags & (MAP_ANONYMOUS | MAP_LOCKED | MAP_GROWSDOWN | MAP_HUGETLB)) ||
 	    (type != MAP_PRIVATE && type != MAP_SHARED) || udd_span_empty(span) || span.end - span.start > SPAN_MOST)
 		return false;
-	if (udd_sys(SYS_fstat, fd, &status) != 0 || status.st_dev != mount || !S_ISREG(status.st_mode) || (status.st_mode & WRITE_BITS))
+	if (udd_sys(SYS_fstat, fd, &status) != 0 || !may_be_on_mount(status.st_dev) || !S_ISREG(status.st_mode) || (status.st_mode & WRITE_BITS))
 		return false;
 	*ret = (struct udd_file){
 		.span = span,
@@ -41,6 +48,7 @@ bool udd_file_wanted(struct udd_span span, int protection, int flags, int fd, st
 		.inode = status.st_ino,
 		.mergeable = 1,
 		.shared = type == MAP_SHARED,
+		.protection = PROT_READ,
 	};
 	return true;
 }
@@ -49,7 +57,7 @@ void udd_file_add(const struct udd_file *file)
 {
 	// What was there has gone, whoever may not have said so.
 	udd_files_changed(file->span);
-	for (uint32_t i = 0; i < UDD_FILES_MAX; i++) {
+	for (uint32_t i = 0; may_be_on_mount(file->device) && i < UDD_FILES_MAX; i++) {
 		if (udd_agent.files[i].mergeable || udd_agent.files[i].references)
 			continue;
 		udd_agent.files[i] = *file;
@@ -58,12 +66,59 @@ void udd_file_add(const struct udd_file *file)
 	}
 }
 
+// One line of /proc/self/maps. Is it a mapping that may be known?
+static bool parse_mapping(const char *line, struct udd_file *ret)
+{
+	unsigned major, minor;
+	char permissions[5];
+	struct stat status;
+	int path = 0;
+
+	*ret = (struct udd_file){.mergeable = 1, .protection = PROT_READ};
+	if (sscanf(line, "%lx-%lx %4s %*x %x:%x %lu %n", &ret->span.start, &ret->span.end, permissions, &major, &minor, &ret->inode,
+		   &path) != 6 || line[path] != '/')
+		return false;
+	if (strcmp(permissions, "r-xp") == 0)
+		ret->protection |= PROT_EXEC;
+	else if (strcmp(permissions, "r--p") != 0)
+		return false;
+	ret->device = makedev(major, minor);
+	return stat(line + path, &status) == 0 && status.st_dev == ret->device && status.st_ino == ret->inode &&
+	       S_ISREG(status.st_mode) && !(status.st_mode & WRITE_BITS);
+}
+
+void udd_files_at_start(void)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[PATH_MAX + 128];
+	struct udd_file file;
+
+	while (maps && fgets(line, sizeof(line), maps)) {
+		line[strcspn(line, "\n")] = '\0';
+		if (parse_mapping(line, &file))
+			udd_file_add(&file);
+	}
+	if (maps)
+		fclose(maps);
+}
+
+void udd_files_choose(uint64_t device)
+{
+	udd_live()->mount_dev = device;
+	udd_live()->mount_known = 1;
+	udd_agent.files_served = device;
+	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
+		if (udd_agent.files[i].device != device)
+			udd_agent.files[i].mergeable = 0;
+	}
+}
+
 void udd_files_changed(struct udd_span span)
 {
 	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
 		struct udd_file *file = &udd_agent.files[i];
 
-		if (udd_span_overlaps(file->span, span))
+		if (__atomic_load_n(&file->mergeable, __ATOMIC_RELAXED) && udd_span_overlaps(file->span, span))
 			__atomic_store_n(&file->mergeable, 0, __ATOMIC_RELAXED);
 	}
 }
@@ -76,32 +131,40 @@ static bool is_copy(uint64_t address)
 	return udd_private_copies((struct udd_span){address, address + UDD_PAGE_SIZE}, &copies) || copies;
 }
 
-// A second mapping of one page, then longer: so the application's page table loses one page, which comes back when it is used.
+static int map_back(const struct udd_file *file, struct udd_span span)
+{
+	uint64_t bytes = span.end - span.start;
+	long ret = udd_sys(SYS_mremap, file->spare + (span.start - file->span.start), bytes, bytes,
+			   MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, span.start);
+
+	return udd_failed(ret) ? (int)ret : 0;
+}
+
+// A second mapping of one page, which then is made longer. The page goes along, and then back.
 static int make_spare(struct udd_file *file)
 {
 	uint64_t bytes = file->span.end - file->span.start;
+	struct udd_span first = {file->span.start, file->span.start + UDD_PAGE_SIZE};
 	long page;
 	long ret;
 
-	if (is_copy(file->span.start))
+	if (is_copy(first.start))
 		return -EBUSY;
-	page = udd_sys(SYS_mremap, file->span.start, UDD_PAGE_SIZE, UDD_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0);
+	page = udd_sys(SYS_mremap, first.start, UDD_PAGE_SIZE, UDD_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0);
 	if (udd_failed(page))
 		return (int)page;
 	if (is_copy((uint64_t)page)) {
 		// A debugger wrote to it this very moment.
-		ret = udd_sys(SYS_mremap, page, UDD_PAGE_SIZE, UDD_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, file->span.start);
+		ret = udd_sys(SYS_mremap, page, UDD_PAGE_SIZE, UDD_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, first.start);
 		return udd_failed(ret) ? (int)ret : -EBUSY;
 	}
-	// Nobody is to be kept from dropping the page from the page cache.
-	udd_sys(SYS_madvise, page, UDD_PAGE_SIZE, MADV_DONTNEED);
 	ret = bytes > UDD_PAGE_SIZE ? udd_sys(SYS_mremap, page, UDD_PAGE_SIZE, bytes, MREMAP_MAYMOVE) : page;
 	if (udd_failed(ret)) {
 		udd_sys(SYS_munmap, page, UDD_PAGE_SIZE);
 		return (int)ret;
 	}
 	file->spare = (uint64_t)ret;
-	return 0;
+	return map_back(file, first);
 }
 
 int udd_file_take(uint32_t number, uint32_t pages)
@@ -126,15 +189,6 @@ void udd_file_put(uint32_t number, uint32_t pages)
 		return;
 	udd_sys(SYS_munmap, file->spare, file->span.end - file->span.start);
 	file->spare = 0;
-}
-
-static int map_back(const struct udd_file *file, struct udd_span span)
-{
-	uint64_t bytes = span.end - span.start;
-	long ret = udd_sys(SYS_mremap, file->spare + (span.start - file->span.start), bytes, bytes,
-			   MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, span.start);
-
-	return udd_failed(ret) ? (int)ret : 0;
 }
 
 void udd_file_map_back(uint32_t number, struct udd_span span)
@@ -174,13 +228,13 @@ static int restore(struct udd_span span)
 
 static bool is_served(const struct udd_file *file)
 {
-	return udd_live()->drops && file->device == udd_live()->mount_dev;
+	return file->device == udd_agent.files_served;
 }
 
 static bool restorable(const struct udd_run_entry *run, bool forced)
 {
-	return run->file && !run->broken && run->protection == PROT_READ && !(run->attributes & UDD_ATTRIBUTE_LOCKED) &&
-	       (forced || is_served(file_of(run->file)));
+	return run->file && !run->broken && run->protection == file_of(run->file)->protection &&
+	       !(run->attributes & UDD_ATTRIBUTE_LOCKED) && (forced || is_served(file_of(run->file)));
 }
 
 void udd_files_restore(struct udd_span span, bool forced)

@@ -3,8 +3,9 @@
 // file's again.
 //
 // Such a page needs no freezing to be merged: it can't change, as long as the file doesn't. So only files that their server
-// says are read-only (no write permission for anybody) count, and only mappings that were made by libc's mmap(), readable and
-// nothing else, and left alone since: whoever unmaps past the hooks (the dynamic linker does) is out of the question.
+// says are read-only (no write permission for anybody) count, and only mappings that are left alone since they were made
+// readable and nothing else by libc's mmap(), or readable and perhaps executable when the program was started: the program itself and
+// its libraries. What the dynamic linker maps later it also unmaps, past the hooks.
 //
 // To put the file back, on whatever thread that is, no descriptor is needed: each such mapping gets a *spare*, a second mapping
 // of the same file that nobody touches, from which mremap() makes copies (MREMAP_DONTUNMAP). It is made from the application's
@@ -36,12 +37,18 @@ struct udd_file {
 	uint64_t spare;      // address of our own mapping of the same; 0: none
 	uint32_t references; // pages of runs in it, broken ones too
 	uint32_t mergeable;  // 1: as it was made. Cleared with the lock held shared, else changed with it held exclusively
-	uint32_t shared;     // 1: MAP_SHARED
+	uint16_t shared;     // 1: MAP_SHARED
+	uint16_t protection; // PROT_*
 };
 
 // Is what mmap() was asked for, and gave, a mapping to be known? Fills `ret` then. The application's thread; no lock.
 bool udd_file_wanted(struct udd_span span, int protection, int flags, int fd, struct udd_file *ret);
-// Remembers it, if there is room.
+// Remembers what is mapped when the program starts. Before there is a thread of ours.
+void udd_files_at_start(void);
+// The mount is known now: forgets what is not on it. The lock is held exclusively.
+void udd_files_choose(uint64_t device);
+// Remembers it, if there is room, and if it is not known to be elsewhere: what is mapped before the engine has said where its
+// mount is may be on it.
 void udd_file_add(const struct udd_file *file);
 // Something about the application's mappings of `span` was changed, or will be. The lock may be held shared.
 void udd_files_changed(struct udd_span span);

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/sysmacros.h>
 
 #include "agent.h"
@@ -20,7 +21,7 @@ struct mapping {
 	bool data;      // a file's, private and writable: .data of a program or library
 	bool barred;    // by its flags
 	bool store;     // a store segment
-	bool read_only; // a file's, to be read only
+	uint16_t read_only; // a file's, to be read only: PROT_*; else 0
 	bool shared;
 	uint32_t attributes;
 };
@@ -82,7 +83,8 @@ static void parse_header(const char *line, struct mapping *ret)
 		text++;
 	ret->store = starts_with(text, "/memfd:udedup-store");
 	ret->data = memcmp(permissions, "rw-p", 4) == 0 && ret->inode && !ret->store;
-	ret->read_only = memcmp(permissions, "r--", 3) == 0 && ret->inode && !ret->store;
+	if (ret->inode && !ret->store && (memcmp(permissions, "r--", 3) == 0 || memcmp(permissions, "r-x", 3) == 0))
+		ret->read_only = permissions[2] == 'x' ? PROT_READ | PROT_EXEC : PROT_READ;
 	ret->shared = permissions[3] == 's';
 	ret->candidate = memcmp(permissions, "rw-p", 4) == 0 && ret->inode == 0 &&
 			 (*text == '\0' || starts_with(text, "[heap]") || starts_with(text, "[anon:"));
@@ -159,7 +161,7 @@ static void add_files(struct udd_layout *layout, const struct mapping *mapping)
 		struct udd_span span = udd_span_clip(file->span, whole);
 
 		if (udd_span_empty(span) || file->device != mapping->device || file->inode != mapping->inode ||
-		    file->shared != mapping->shared)
+		    file->shared != mapping->shared || file->protection != mapping->read_only)
 			continue;
 		add_candidate(layout, mapping, span, file->number);
 		found = true;
@@ -225,6 +227,7 @@ void udd_layout_note_files(struct udd_layout *layout)
 			.device = file->device,
 			.inode = file->inode,
 			.number = (uint16_t)(i + 1),
+			.protection = file->protection,
 			.shared = file->shared,
 		};
 		layout->file_count++;

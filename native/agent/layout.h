@@ -34,6 +34,7 @@ struct udd_layout_file {
 	uint64_t device;
 	uint64_t inode;
 	uint16_t number; // index in udd_agent.files + 1
+	uint16_t protection; // PROT_*
 	bool shared;
 };
 

@@ -482,6 +482,11 @@ static void relocate(const struct transaction *tx, unsigned from, unsigned to, c
 	uint64_t copies = 0;
 	int error;
 
+	// A hint may be about pages that are there already.
+	if (old.segment == wanted->segment && old.slot == wanted->slot + from) {
+		ret->busy |= bits(from, to);
+		return;
+	}
 	if (old.broken || (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
 		ret->busy |= bits(from, to);
 		return;
@@ -679,7 +684,8 @@ static void merge_locked(struct transaction *tx, const struct udd_run *run, int 
 			}
 			entry.attributes = (uint8_t)candidate->attributes;
 			entry.file = candidate->file;
-			entry.protection = candidate->file ? PROT_READ : PROT_READ | PROT_WRITE;
+			entry.protection = candidate->file ? (uint8_t)udd_agent.files[candidate->file - 1].protection
+							   : PROT_READ | PROT_WRITE;
 			if (candidate->file)
 				merge_file(tx, from, to, &entry, ret);
 			else

@@ -218,7 +218,7 @@ static int start_faults(struct worker *worker, int device)
 	return 0;
 }
 
-static int use_shared_area(struct worker *worker, int fd)
+static int use_shared_area(struct worker *worker, int fd, uint64_t mount_dev)
 {
 	struct udd_live *live = udd_live();
 	uint64_t merged = live->stats->pages_merged;
@@ -237,6 +237,7 @@ static int use_shared_area(struct worker *worker, int fd)
 	worker->scan.shared_fd = fd;
 	stats = (struct udd_stats *)(worker->shared + UDD_SHARED_STATS);
 	udd_lock_exclusive(&live->lock, 0);
+	udd_files_choose(mount_dev);
 	*stats = live->own_stats;
 	stats->pages_merged = merged;
 	stats->runs = udd_agent.runs.count;
@@ -261,6 +262,7 @@ static void leave_shared_area(struct worker *worker)
 	live->own_stats.merging = 0;
 	live->stats = &live->own_stats;
 	live->drops = NULL;
+	udd_agent.files_served = 0;
 	__atomic_store_n(&live->hints, NULL, __ATOMIC_RELEASE);
 	udd_unlock_exclusive(&live->lock);
 	udd_close(worker->scan.shared_fd);
@@ -289,7 +291,7 @@ static int join(struct worker *worker)
 	ret = start_faults(worker, message.fds[1]);
 	udd_close(message.fds[1]);
 	if (!ret)
-		ret = use_shared_area(worker, message.fds[0]);
+		ret = use_shared_area(worker, message.fds[0], welcome->mount_dev);
 	if (ret) {
 		udd_close(message.fds[0]);
 		udd_stop_merging(ret == -EPERM ? "no permission for userfaultfd" : "userfaultfd or memory is not to be had");
@@ -297,7 +299,6 @@ static int join(struct worker *worker)
 	}
 	udd_agent.engine_id[0] = welcome->engine_id[0];
 	udd_agent.engine_id[1] = welcome->engine_id[1];
-	live->mount_dev = welcome->mount_dev;
 	live->holdoff_ns = (uint64_t)welcome->holdoff_ms * 1000000;
 	live->vma_limit = welcome->vma_limit;
 	worker->scan.flags = welcome->flags;

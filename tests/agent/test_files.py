@@ -2,8 +2,10 @@
 
 import random
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -140,16 +142,17 @@ def test_unmerged_they_are_the_file_again(
 def test_faults_are_hints_with_addresses(
     images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
 ) -> None:
-    """Nothing else could merge this soon: a round of the linear scan would take minutes."""
-    pace = ("--policy", "xlh", "--sleep-millisecs", "1000", "--pages-to-scan", "200")
+    """The linear scan hardly ever has a turn."""
+    pace = ("--hint-ratio", "100:1", "--sleep-millisecs", "300", "--pages-to-scan", "200")
     engine = start_engine(tmp_path, ledger, *pace, images=images)
     process = Wrapper(engine, ledger).start(
         program, "faults", "private", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert read_line(process.stdout, PATIENCE) == "merged\n"
-    status = engine.status()
-    assert status["hints"]["merged"] >= PAGES
+    engine.wait_until("merged by hints", lambda status: status["hints"]["merged"] >= PAGES)
+    print("", file=process.stdin, flush=True)
     assert process.wait(PATIENCE) == 0
     assert engine.stop() == 0
 
@@ -174,4 +177,36 @@ def test_an_image_that_changes_is_the_file_again(
     print("", file=process.stdin, flush=True)
     assert read_line(process.stdout, PATIENCE) == "the file again\n"
     assert process.wait(PATIENCE) == 0
+    assert engine.stop() == 0
+
+
+def test_libraries_loaded_at_the_start(compile_c: Callable[..., Path], tmp_path: Path, ledger: Ledger) -> None:
+    """Called all the while, by threads that run in what is being replaced."""
+    source = PROGRAM.with_name("library.c")
+    library = compile_c(source, "-DLIBRARY", "-shared", "-fPIC")
+    program = compile_c(source, "-Inative", "-pthread")
+    engine = start_engine(
+        tmp_path, ledger, "--sleep-millisecs", "0", images={"libone.so": library, "libtwo.so": library}
+    )
+    assert engine.mount is not None
+    libraries = [str(engine.mount / name) for name in ("libone.so", "libtwo.so")]
+    wrapper = Wrapper(engine, ledger)
+    preload = f"{wrapper.environment()['LD_PRELOAD']} {' '.join(libraries)}"
+    wrapper.check(program, *libraries, extra={"LD_PRELOAD": preload, "UDEDUP_TEST_DELAYS": "1"})
+    assert engine.stop() == 0
+
+
+def test_python_and_sqlite(images: dict[str, Path], tmp_path: Path, ledger: Ledger) -> None:
+    database = tmp_path / "things.db"
+    with closing(sqlite3.connect(database)) as connection:
+        draw = random.Random(3)
+        connection.execute("CREATE TABLE things (number INTEGER, text TEXT)")
+        rows = [(i, draw.randbytes(200).hex()) for i in range(1000)]
+        connection.executemany("INSERT INTO things VALUES (?, ?)", rows)
+        connection.commit()
+    copies = {"one.db": database, "two.db": database}
+    engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images | copies)
+    assert engine.mount is not None
+    paths = [engine.mount / name for name in (*images, *copies)]
+    Wrapper(engine, ledger).check("/usr/bin/python3", PROGRAM.with_name("mapped.py"), *paths)
     assert engine.stop() == 0

@@ -75,11 +75,11 @@ LIMITS: dict[str, tuple[str, Switches, str]] = {
 class Verifier:
     """The compiled verifier of one configuration."""
 
-    def __init__(self, folder: Path, switches: Switches, optimize: str) -> None:
+    def __init__(self, folder: Path, switches: Switches, optimize: str, model: str = "merge.pml") -> None:
         for source in MODEL.glob("*.pml"):
             (folder / source.name).write_text(source.read_text())
         self._folder = folder
-        self._run("spin", "-a", *(f"-D{name}={value}" for name, value in switches.items()), "merge.pml")
+        self._run("spin", "-a", *(f"-D{name}={value}" for name, value in switches.items()), model)
         self._run("gcc", optimize, "-w", "-DSAFETY", "-DCOLLAPSE", "-DMEMLIM=3000", "-o", "pan", "pan.c")
 
     def _run(self, *command: str) -> str:

@@ -463,6 +463,7 @@ static void without_an_engine(void)
 static void faults(void)
 {
 	char *at[2];
+	char line[16];
 	double deadline = seconds() + PATIENCE_SECONDS;
 	size_t missing = 1;
 
@@ -481,7 +482,7 @@ static void faults(void)
 	check(right(at[0]) && right(at[1]));
 	puts("merged");
 	fflush(stdout);
-	breathe();
+	check(fgets(line, sizeof(line), stdin));
 }
 
 // Waits until the first image is nowhere merged any more; the second one still is.

@@ -148,6 +148,7 @@ static void note_mapping(uint32_t at, uint64_t start, uint64_t end, uint64_t ino
 		.inode = inode,
 		.mergeable = 1,
 		.shared = shared,
+		.protection = PROT_READ,
 	};
 	udd_agent.files_used = at + 1;
 }

@@ -370,7 +370,7 @@ static void *own(void *argument)
 	struct owner *owner = argument;
 
 	while (!__atomic_load_n(&stop, __ATOMIC_RELAXED)) {
-		struct timespec pause = {.tv_nsec = (long)draw(owner, 2000000)};
+		struct timespec pause = {.tv_nsec = (long)draw(owner, 8000000)};
 
 		step(owner, true);
 		// To be merged takes a while.
