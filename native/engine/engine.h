@@ -208,6 +208,7 @@ size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t le
 // for `count`. Returns their number.
 size_t udd_matches_outside(uint32_t agent, const struct udd_match *matches, size_t count, const struct udd_run *runs,
 			   size_t run_count, struct udd_match *ret);
+void udd_runs_sort(struct udd_run *runs, size_t count); // by address
 // Distinct segments of runs; returns how many there are, of which at most `max` are written.
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max);
 

@@ -233,6 +233,18 @@ size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t le
 	return runs;
 }
 
+static int run_compare(const void *left, const void *right)
+{
+	const struct udd_run *a = left, *b = right;
+
+	return a->address < b->address ? -1 : a->address > b->address;
+}
+
+void udd_runs_sort(struct udd_run *runs, size_t count)
+{
+	qsort(runs, count, sizeof(*runs), run_compare);
+}
+
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max)
 {
 	size_t segments = 0;

@@ -37,6 +37,8 @@ CONFIGURATIONS: dict[str, Switches] = {
     "own stack": {"PAGES": 1, "MERGED": 1, "STACK": 0, "OPERATIONS": 1, "ROUNDS": 1, "WORK": "2",
                   "MAY0": "PROTECT", "ON0": 1, "MAY1": "FORK+WRITE_PAGE", "ON1": 1},
 }  # fmt: skip
+# With quiet breaks writers sleep on until the lock is given back.
+CONFIGURATIONS |= {f"quiet {name}": CONFIGURATIONS[name] | {"QUIET": 1} for name in ("writes", "stack", "owner")}
 
 READS = r"allowed\[\w+\]&"
 STUCK = "invalid end state"
@@ -59,6 +61,8 @@ MUTATIONS: dict[str, tuple[str, Switches, str]] = {
     "the owner's fault is put aside": ("stack", {"OWNER_PUT_ASIDE": 1}, STUCK),
     "a hook's own stack is copied from the store": ("own stack", {"OWN_STACK_DISSOLVES": 1}, READS),
     "removals wait for readers": ("stack", {"WAITS_FOR_READERS": 1}, STUCK),
+    "who sleeps is not woken": ("quiet stack", {"SLEEPERS_FORGOTTEN": 1}, STUCK),
+    "the owner of the lock sleeps until it gives it back": ("quiet owner", {"OWNER_SLEEPS": 1}, STUCK),
 }
 """What is taken away: the configuration that shows it, the switches, and what spin says then."""
 

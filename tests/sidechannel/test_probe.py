@@ -57,8 +57,9 @@ def test_hints_tell_nothing_across_domains(bench: Bench, engine: Engine) -> None
     assert times.comparison.p > CHANCE, shown(times)
 
 
-@pytest.mark.parametrize("odds", [2, 16])
-def test_quiet_breaks_tell_nothing_inside(bench: Bench, engine: Engine, odds: int) -> None:
-    """Whether right guesses are many or lie alone among wrong ones."""
-    times = time_writes(bench, engine, QUIET, QUIET_TRIALS, odds)
+@pytest.mark.parametrize(("scene", "options", "odds"), [(QUIET, (), 16), (INSIDE, ("--quiet-breaks",), 2)])
+def test_quiet_breaks_tell_nothing_inside(bench: Bench, scene: Scene, options: tuple[str, ...], odds: int) -> None:
+    """Whether a program asks for them or the engine does; whether right guesses lie alone or are many."""
+    with bench.engine(*OPTIONS, *options) as engine:
+        times = time_writes(bench, engine, scene, QUIET_TRIALS, odds)
     assert times.comparison.p > CHANCE, shown(times)

@@ -486,8 +486,9 @@ class Agent:
                 shared = planner.runs_of(planner.targets_of(self.domain.index, self.number, matches), self.least_run)
                 rest = shared.outside(self.number, matches)
                 await self._publish_own(own, rest, copied=copied)
-        await self._merge_runs(shared, hinted)
-        await self._merge_runs(planner.runs_of(planner.targets_of(own, self.number, rest), 1), hinted)
+        parked = planner.runs_of(planner.targets_of(own, self.number, rest), 1)
+        # In the order of addresses: one kind must not be merged earlier than the other either.
+        await self._merge_runs(shared.joined(parked), hinted)
 
     @property
     def _may_park(self) -> bool:

@@ -10,7 +10,7 @@ import attrs
 
 from udedup.engine.index import Index, Matches
 from udedup.engine.native import CData, ffi, lib
-from udedup.engine.wire import COPY_MAX
+from udedup.engine.wire import COPY_MAX, RUN_BYTES
 
 RUN_MAX: int = lib.UDD_RUN_MAX
 NEVER = 1 << 31
@@ -134,6 +134,14 @@ class Runs:
         array = ffi.new("struct udd_match[]", matches.count)
         left = lib.udd_matches_outside(agent, matches.array, matches.count, self.array, self.count, array)
         return Matches(array, left)
+
+    def joined(self, other: "Runs") -> "Runs":
+        """Both, which have no page in common."""
+        array = ffi.new("struct udd_run[]", self.count + other.count)
+        ffi.memmove(array, self.array, self.count * RUN_BYTES)
+        ffi.memmove(array + self.count, other.array, other.count * RUN_BYTES)
+        lib.udd_runs_sort(array, self.count + other.count)
+        return Runs(array, self.count + other.count, self.deferred + other.deferred)
 
     def chunks(self, items: int) -> Iterator[tuple[CData, int]]:
         """Parts (struct udd_run *, count) of at most ``items`` runs."""
