@@ -94,8 +94,10 @@ class Rounds:
     def image_read(self, pid: int, inode: int, block: int, blocks: int) -> None:
         """A content hint: process ``pid`` reads blocks of an image, which it may have mapped."""
         for number in self._numbers.get(pid, ()) if pid else ():
+            agent = self.agents[number]
             # What it has mapped may not be known yet.
-            self._take_in([self.agents[number]], arm=False)
+            if agent.area.hints.waiting:
+                self._take_in([agent], arm=False)
             if self._hints.read(number, inode, block, blocks):
                 self.change()
 
