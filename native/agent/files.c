@@ -167,6 +167,13 @@ static int make_spare(struct udd_file *file)
 	return map_back(file, first);
 }
 
+bool udd_file_holds(uint32_t number, struct udd_span span)
+{
+	const struct udd_file *file = file_of(number);
+
+	return file->mergeable && file->span.start <= span.start && span.end <= file->span.end;
+}
+
 int udd_file_take(uint32_t number, uint32_t pages)
 {
 	struct udd_file *file = file_of(number);

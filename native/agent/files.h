@@ -52,6 +52,8 @@ void udd_files_choose(uint64_t device);
 void udd_file_add(const struct udd_file *file);
 // Something about the application's mappings of `span` was changed, or will be. The lock may be held shared.
 void udd_files_changed(struct udd_span span);
+// Is all of `span` still as it was made, in the mapping of file number `file`? The number may be another one's by now.
+bool udd_file_holds(uint32_t file, struct udd_span span);
 // One more stretch of file number `file` (from 1) is about to be merged: sees to the spare. 0 or a negative errno. The worker.
 int udd_file_take(uint32_t file, uint32_t pages);
 // So many pages of it are no longer in the table, if it is one at all (0: it is not).

@@ -567,13 +567,17 @@ static void merge_stretch(struct transaction *tx, unsigned from, unsigned to, co
 
 // Pages [from, to) of a file's mapping, which nobody can write to. Whether they are equal was found out before the lock was
 // taken, because reading them may take until their server answers; the mapping has not changed since, or the candidate would
-// be stale. A debugger's private copies stay.
+// be stale and the mapping forgotten. A debugger's private copies stay.
 static void merge_file(struct transaction *tx, unsigned from, unsigned to, const struct udd_run_entry *run,
 		       struct udd_merge_result *ret)
 {
 	uint64_t copies;
 	uint64_t equal;
 
+	if (!udd_file_holds(run->file, pages_span(tx, from, to))) {
+		ret->gone |= bits(from, to);
+		return;
+	}
 	if (udd_private_copies(pages_span(tx, from, to), &copies))
 		copies = ~0UL;
 	copies = copies << from & bits(from, to);

@@ -394,7 +394,7 @@ int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address
 	return ret ? ret : (int64_t)part_push(&part, hints, lane, UINT64_MAX);
 }
 
-// Remembers one in the place of the oldest. 0 or a negative errno.
+// Remembers one in the place of the one that was there, else of the oldest. 0 or a negative errno.
 static int note_mapping(struct lane *lane, const struct udd_hint *hint)
 {
 	if (hint->address % UDD_PAGE_SIZE || hint->offset % UDD_PAGE_SIZE || hint->offset > INT64_MAX ||
@@ -404,7 +404,13 @@ static int note_mapping(struct lane *lane, const struct udd_hint *hint)
 		lane->mappings = calloc(UDD_MAPPINGS_MAX, sizeof(*lane->mappings));
 	if (!lane->mappings)
 		return -ENOMEM;
-	lane->mappings[lane->mapped++ % UDD_MAPPINGS_MAX] = (struct mapping){
+	uint32_t at = 0;
+
+	while (at < UDD_MAPPINGS_MAX && !(lane->mappings[at].inode && lane->mappings[at].address == hint->address))
+		at++;
+	if (at == UDD_MAPPINGS_MAX)
+		at = lane->mapped++ % UDD_MAPPINGS_MAX;
+	lane->mappings[at] = (struct mapping){
 		.inode = hint->inode,
 		.offset = hint->offset,
 		.address = hint->address,

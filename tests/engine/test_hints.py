@@ -403,6 +403,17 @@ def test_impossible_mappings_are_dropped(address: int, fields: dict[str, int]) -
     assert stack.read(1, 7, 0, 1 << 40) == 0
 
 
+def test_a_mapping_replaces_what_was_at_its_address() -> None:
+    stack, ring = HintStack(1000), Ring()
+    stack.add_image(7, image(50), 50 * PAGE)
+    for offset in range(3):
+        fields = {"inode": 7, "nanoseconds": 1 | ON_MOUNT, "flags": lib.UDD_HINT_MAPPED}
+        ring.write(1000 * PAGE, 2 * PAGE, offset=offset * PAGE, **fields)
+    drain(stack, ring)
+    assert stack.read(1, 7, 0, 50) == 2
+    assert known(stack) == ({1000: 3, 1001: 4}, [])
+
+
 def test_the_oldest_mappings_are_forgotten() -> None:
     stack, ring = HintStack(1000), Ring()
     for i in range(lib.UDD_MAPPINGS_MAX + 1):
