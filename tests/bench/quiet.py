@@ -73,10 +73,11 @@ def settle(bench: Bench, options: tuple[str, ...], mebibytes: int) -> Settled:
         time.sleep(IDLE_SECONDS)
         idle = engine_and_agents_cpu(engine)
         pids = [process.pid for process in processes]
+        tables = sum(map(page_tables, pids))
         memory = sum(sizes["Pss"] for pid in (*pids, engine.pid) for _, sizes in smaps(pid))
         for process in processes:
             process.ask("verify")
-    return Settled(memory, sum(map(page_tables, pids)), merged - before, (idle - merged) / IDLE_SECONDS)
+    return Settled(memory, tables, merged - before, (idle - merged) / IDLE_SECONDS)
 
 
 def write(bench: Bench, options: tuple[str, ...], rounds: int) -> tuple[list[float], list[float]]:
