@@ -7,9 +7,10 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import pytest
-from agent.conftest import Wrapper
+from agent.conftest import Wrapper, lasting_engine
 from support.engine import Engine, read_line, start_engine
 from support.ledger import Ledger
 
@@ -58,21 +59,27 @@ def mounting_engine(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, images: dict[str, Path]
 ) -> Iterator[Engine]:
     """One for all tests that leave it alone."""
-    assert pytestconfig.cache is not None
-    ledger = Ledger.of_this_run(pytestconfig.cache.mkdir("udedup-ledger-files"))
-    engine = start_engine(tmp_path_factory.mktemp("engine"), ledger, "--sleep-millisecs", "0", images=images)
-    yield engine
-    status = engine.stop()
-    assert engine.process.stdout is not None
-    engine.process.stdout.close()
-    ledger.close()
-    assert status == 0, engine.log.read_text()
+    with lasting_engine(tmp_path_factory.mktemp("engine"), pytestconfig, "files", images=images) as engine:
+        yield engine
 
 
 def mounted(engine: Engine) -> tuple[Path, Path]:
     """The images as programs see them."""
     assert engine.mount is not None
     return engine.mount / "a.img", engine.mount / "b.img"
+
+
+def start_merged(
+    engine: Engine, ledger: Ledger, program: Path, case: str, kind: str
+) -> "tuple[subprocess.Popen[str], IO[str], IO[str]]":
+    """Starts a case that talks with its test; returns it, its input and its output once all it maps is merged."""
+    process = Wrapper(engine, ledger).start(
+        program, case, kind, *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    return process, process.stdin, process.stdout
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -99,21 +106,17 @@ def test_pages_can_be_read_without_an_engine(
     images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path, kind: str
 ) -> None:
     engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = Wrapper(engine, ledger).start(program, "without-an-engine", kind, *mounted(engine), **pipes)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    process, stdin, stdout = start_merged(engine, ledger, program, "without-an-engine", kind)
     engine.stop(signal.SIGKILL)
     assert engine.mount is not None
     subprocess.run(["umount", "--lazy", "--no-canonicalize", engine.mount], check=True)
-    print("", file=process.stdin, flush=True)
-    assert read_line(process.stdout, PATIENCE) == "right\n"
+    print("", file=stdin, flush=True)
+    assert read_line(stdout, PATIENCE) == "right\n"
     # Its successor serves another mount, and has its pages kept as they are.
     successor = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images)
     successor.wait_until("adopted", lambda status: [agent["pid"] for agent in status["agents"]] == [process.pid])
     successor.command("unmerge")
-    print("", file=process.stdin, flush=True)
+    print("", file=stdin, flush=True)
     assert process.wait(PATIENCE) == 0
     assert successor.stop() == 0
 
@@ -122,19 +125,15 @@ def test_unmerged_they_are_the_file_again(
     images: dict[str, Path], tmp_path: Path, ledger: Ledger, program: Path
 ) -> None:
     engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=images)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = Wrapper(engine, ledger).start(program, "without-an-engine", "private", *mounted(engine), **pipes)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    process, stdin, stdout = start_merged(engine, ledger, program, "without-an-engine", "private")
     engine.command("unmerge", str(process.pid))
     assert "udedup-store" not in "".join(
         line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines() if " r--p " in line
     )
-    print("", file=process.stdin, flush=True)
-    assert read_line(process.stdout, PATIENCE) == "right\n"
+    print("", file=stdin, flush=True)
+    assert read_line(stdout, PATIENCE) == "right\n"
     engine.command("unmerge", "--resume", str(process.pid))
-    print("", file=process.stdin, flush=True)
+    print("", file=stdin, flush=True)
     assert process.wait(PATIENCE) == 0
     assert engine.stop() == 0
 
@@ -145,14 +144,9 @@ def test_faults_are_hints_with_addresses(
     """The linear scan hardly ever has a turn."""
     pace = ("--hint-ratio", "100:1", "--sleep-millisecs", "300", "--pages-to-scan", "200")
     engine = start_engine(tmp_path, ledger, *pace, images=images)
-    process = Wrapper(engine, ledger).start(
-        program, "faults", "private", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    process, stdin, _ = start_merged(engine, ledger, program, "faults", "private")
     engine.wait_until("merged by hints", lambda status: status["hints"]["merged"] >= PAGES)
-    print("", file=process.stdin, flush=True)
+    print("", file=stdin, flush=True)
     assert process.wait(PATIENCE) == 0
     assert engine.stop() == 0
 
@@ -164,18 +158,13 @@ def test_an_image_that_changes_is_the_file_again(
     for name, path in files.items():
         path.write_bytes(images[name].read_bytes())
     engine = start_engine(tmp_path, ledger, "--sleep-millisecs", "0", images=files)
-    process = Wrapper(engine, ledger).start(
-        program, "changes", "shared", *mounted(engine), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert read_line(process.stdout, PATIENCE) == "merged\n"
+    process, stdin, stdout = start_merged(engine, ledger, program, "changes", "shared")
     content = bytearray(files["a.img"].read_bytes())
     content[5 * PAGE : 6 * PAGE] = bytes(range(16)) * (PAGE // 16)
     with files["a.img"].open("r+b") as file:
         file.write(content)
-    print("", file=process.stdin, flush=True)
-    assert read_line(process.stdout, PATIENCE) == "the file again\n"
+    print("", file=stdin, flush=True)
+    assert read_line(stdout, PATIENCE) == "the file again\n"
     assert process.wait(PATIENCE) == 0
     assert engine.stop() == 0
 

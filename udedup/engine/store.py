@@ -227,11 +227,12 @@ class Store:
 
     def fills(self, now: float) -> list[Fill]:
         """Of all segments that may be retired."""
+        growing = {segment.number for segment in self._current.values()}
         return [
             Fill(
                 segment.number,
                 *self.state(segment.number),
-                growing=segment in self._current.values(),
+                growing=segment.number in growing,
                 own=segment.owner != 0,
             )
             for segment in self.segments.values()

@@ -167,7 +167,7 @@ class Image:
     def drop_digests(self, offset: int, length: int) -> None:
         """Forgets the digests of all blocks that have a part in [offset, offset + length): written, or discarded."""
         first = offset // BLOCK_BYTES
-        count = min(-(-(offset + length) // BLOCK_BYTES), self.size // BLOCK_BYTES) - first
+        count = min(-(-(offset + length) // BLOCK_BYTES), self.blocks) - first
         if count > 0:
             self._table.drop(first, count)
 
