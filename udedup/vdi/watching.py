@@ -31,7 +31,7 @@ READ_BYTES: Final = 1 << 16
 class Watcher:
     """Watches files for changes; each stands for a number, such as that of the image it is a part of.
 
-    Without inotify (a user may have few of them), which is logged, it never tells anything.
+    Without inotify or watches (a user may have few of them), which is logged once, it doesn't tell.
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,11 @@ class Watcher:
         """By watch."""
         self._armed: dict[int, set[int]] = {}
         """Watches, by number."""
+        self._reported = False
         try:
             self._descriptor = self._call("inotify_init1", os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            self._give_up(error)
+            self._report(error)
 
     def watch(self, number: int, descriptors: Iterable[int]) -> None:
         """Watches open files for ``number``, unless it has watches. Doesn't wait for the disk."""
@@ -56,10 +57,9 @@ class Watcher:
             try:
                 watch = self._call("inotify_add_watch", self._descriptor, path, ctypes.c_uint32(EVENTS))
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                    self._give_up(error)
-                    return
-                raise
+                # There are no more watches, or it is no longer ours to read. Looking from time to time has to do.
+                self._report(error)
+                continue
             watches.add(watch)
             self._numbers.setdefault(watch, set()).add(number)
 
@@ -110,12 +110,13 @@ class Watcher:
                     if error.errno != errno.EINVAL:
                         raise
 
-    def _give_up(self, error: OSError) -> None:
-        log.warning(
-            "changes of image files are noticed after a second only: no inotify: %s (see fs.inotify in sysctl)",
-            error.strerror,
-        )
-        self.close()
+    def _report(self, error: OSError) -> None:
+        if not self._reported:
+            self._reported = True
+            log.warning(
+                "changes of image files are noticed after a second only: no inotify: %s (see fs.inotify in sysctl)",
+                error.strerror,
+            )
 
     def _call(self, name: str, *arguments: object) -> int:
         result: int = getattr(self._libc, name)(*arguments)
