@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
@@ -30,6 +30,7 @@ from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, blocks_within, exam
 from udedup.vdi.openers import NoShelves, Opener, ShelfSource
 from udedup.vdi.shelf import Shelf
 from udedup.vdi.tidy import Tidier
+from udedup.vdi.watching import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,12 @@ READ_BYTES_MAX: Final = 1 << 20
 # has cached of it).
 ENTRY_SECONDS: Final = 3600.0
 ATTRIBUTE_SECONDS: Final = 1.0
-# How often the files of images that have been read are examined for changes.
+# How often the files of images that have been read are examined for changes, …
 EXAMINE_SECONDS: Final = 1.0
 # Every so many times, those that are only open are examined as well.
 OPEN_TURNS: Final = 3
+# … and how often at most those of which inotify tells that they have changed.
+NOTICE_SECONDS: Final = 0.1
 # Reads that wait for disks at the same time; apart from trio's own limit, so that they can't use up the threads of the
 # rest of the engine.
 DISK_THREADS: Final = 16
@@ -86,6 +89,7 @@ class ImageFilesystem(pyfuse3.Operations):
         self._on_read = on_read
         self._shelves = shelves
         self._allow_other = allow_other
+        self._watcher = Watcher()
         self._numbers = itertools.count(1)
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         # Every answer from the page cache is built here. That is safe because pyfuse3 hands the returned view to the
@@ -101,13 +105,32 @@ class ImageFilesystem(pyfuse3.Operations):
         """
         for turn in itertools.count(1):
             await trio.sleep(EXAMINE_SECONDS)
+            self._watcher.keep_only(self._images.by_inode.keys())
             for image in self._images:
                 if image.touched or (image.openers and turn % OPEN_TURNS == 0):
                     image.touched = False
-                    async with self._images.examining:
-                        # It may have been taken out while others were examined.
-                        if image.inode in self._images.by_inode:
-                            await examine(image, self._limiter)
+                    await self._examine(image)
+
+    async def notice(self) -> None:
+        """Examines images whose files have been changed, as inotify tells, until cancelled."""
+        while True:
+            for inode in await self._watcher.changed():
+                image = self._images.by_inode.get(inode)
+                if image is not None:
+                    # First, or a change in between would go unnoticed.
+                    self._watcher.watch(inode, image.descriptors)
+                    await self._examine(image)
+            await trio.sleep(NOTICE_SECONDS)
+
+    async def _examine(self, image: Image) -> None:
+        async with self._images.examining:
+            # It may have been taken out while others were examined.
+            if image.inode in self._images.by_inode:
+                await examine(image, self._limiter)
+
+    def close(self) -> None:
+        """Stops watching files."""
+        self._watcher.close()
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._image(inode))
@@ -162,6 +185,7 @@ class ImageFilesystem(pyfuse3.Operations):
         # Counts from now on: while it is examined nobody may take it out of the mount.
         image.opened_by(handle.pid, direct=handle.direct)
         try:
+            self._watcher.watch(inode, image.descriptors)
             await examine(image, self._limiter)
         except BaseException:
             image.closed_by(handle.pid, direct=handle.direct)
@@ -377,9 +401,9 @@ async def serve(
     """
     await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
     directory = await prepare(mountpoint)
-    filesystem = ImageFilesystem(images, on_read, shelves or NoShelves(), allow_other=allow_other)
     async with images.keeping():
-        await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
+        with closing(ImageFilesystem(images, on_read, shelves or NoShelves(), allow_other=allow_other)) as filesystem:
+            await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
 
 
 async def serve_session(
@@ -394,6 +418,7 @@ async def serve_session(
     with session(directory, filesystem, allow_other=allow_other) as descriptor, fast_poll(descriptor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(filesystem.watch)
+            nursery.start_soon(filesystem.notice)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
             nursery.start_soon(filesystem.tidier.run, directory)

@@ -147,6 +147,11 @@ class Image:
         """Permission bits of the file."""
         return stat.S_IMODE(self._files[0].status.st_mode)
 
+    @property
+    def descriptors(self) -> list[int]:
+        """The open files it is read from."""
+        return [file.descriptor for file in self._files]
+
     def read_cached(self, view: memoryview, offset: int) -> bool:
         """Fills ``view`` from byte ``offset`` on if that needs no disk access; False if it does (or can't be told).
 
