@@ -25,7 +25,7 @@ class RawFile(Layer):
         self.passing = False
         """Whether what is read for others is not to stay in the page cache: they have it cached themselves.
 
-        What was there before stays, and so does what others read meanwhile: the kernel tells them apart.
+        What was there before stays. What the kernel has read ahead for us goes when it is first read, whoever does.
         """
         self._nowait = True
         self._can_pass = True
