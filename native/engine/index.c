@@ -46,6 +46,7 @@ struct agent_state {
 struct udd_index {
 	struct table candidates; // value: agent number, page number, low bits of the agent's round
 	struct table shared;     // value: segment, slot
+	size_t most;             // candidates
 	uint64_t secret[2];
 	struct agent_state *agents; // by number
 	uint32_t agents_capacity;
@@ -181,6 +182,7 @@ struct udd_index *udd_index_create(void)
 		return NULL;
 	}
 	index->zero = udd_digest_page(zero_page);
+	index->most = SIZE_MAX;
 	return index;
 }
 
@@ -224,6 +226,11 @@ int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit)
 	}
 	index->agents[agent].limit = limit;
 	return 0;
+}
+
+void udd_index_set_most(struct udd_index *index, size_t candidates)
+{
+	index->most = candidates;
 }
 
 // Rounds in which the agent will not look at the page.
@@ -309,7 +316,7 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 				.other_address = report->address,
 			};
 		} else if (!entry->value) {
-			if (state->count >= state->limit) {
+			if (state->count >= state->limit || index->candidates.count >= index->most) {
 				ret->refused++;
 				continue;
 			}
@@ -377,6 +384,19 @@ size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent)
 	size_t removed = index->agents[agent].count ? index_sweep(index, agent) : 0;
 
 	index->agents[agent] = (struct agent_state){0};
+	return removed;
+}
+
+size_t udd_index_forget_candidates(struct udd_index *index)
+{
+	struct table *table = &index->candidates;
+	size_t removed = table->count;
+
+	for (uint32_t i = 0; i < index->agents_capacity; i++)
+		index->agents[i].count = 0;
+	memset(table->entries, 0, table->capacity * sizeof(struct entry));
+	table->count = 0;
+	table_shrink(index, table);
 	return removed;
 }
 

@@ -1,8 +1,8 @@
 """Whether a number that was looked at again and again grows: for leaks, which grow for as long as one looks.
 
-Noise and single outliers must not count, nor what is filled once and then stays. So what went before the warm-up is over
-does not count; the slope is the median of those between all pairs of samples (Theil and Sen), which a third of wild
-samples can't move; and the last quarter must lie above the first by more than what is allowed, too.
+Noise and single outliers must not count, nor what is filled once and then stays. So what went before the warm-up is
+over does not count; the slope is the median of those between all pairs of samples (Theil and Sen), which a third of
+wild samples can't move; and the last quarter must lie above the first by more than what is allowed, too.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Which segments of a store to retire, so that what dies in it comes back.
 
-A page that nobody refers to any more is not lost at once: who comes next with the same content merges with it. So holes are
-left alone for a while. But processes come and go, and each may leave a page or two that live on in an otherwise dead
-segment, where no single segment need be nearly empty for the store as a whole to be half dead. Hence two rules:
+A page that nobody refers to any more is not lost at once: who comes next with the same content merges with it. So holes
+are left alone for a while. But processes come and go, and each may leave a page or two that live on in an otherwise
+dead segment, where no single segment need be nearly empty for the store as a whole to be half dead. Hence two rules:
 
 - a full segment with less than a quarter of its pages in use is retired at once: that costs little and gives much;
 - a store of which too little has been in use for a while is compacted, the emptiest segments first, a bounded step at a
@@ -65,7 +65,7 @@ def step(fills: Sequence[Fill]) -> list[int]:
     chosen: list[int] = []
     for fill in sorted((fill for fill in fills if fill.used), key=lambda fill: fill.live / fill.used):
         references += fill.references
-        if live >= LIVE_AFTER * used and live or fill.live == fill.used or (chosen and references > STEP_REFERENCES):
+        if (live >= LIVE_AFTER * used and live) or fill.live == fill.used or (chosen and references > STEP_REFERENCES):
             break
         chosen.append(fill.number)
         used -= fill.used - fill.live
