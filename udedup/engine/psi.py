@@ -19,8 +19,10 @@ OWN_GROUP = Path("/proc/self/cgroup")
 MOUNTS = Path("/proc/self/mountinfo")
 GROUP_FILE = "memory.pressure"
 
-TRIGGER = b"some 100000 2000000"
-"""Tell when some task waited for 100 ms within 2 s: the shortest time in which anybody may have it watched."""
+TRIGGER = b"some 100000 2000000\0"
+"""Tell when some task waited for 100 ms within 2 s: the shortest time in which anybody may have it watched.
+
+With its NUL: the kernel puts one in place of the last byte."""
 
 TRIGGER_PART = 0.05
 """The same as a part of time."""
