@@ -25,6 +25,8 @@ enum {
 // Maps an agent's shared area (UDD_SHARED_BYTES). NULL if there is no memory for it. The descriptor is not needed any more.
 void *udd_area_map(int descriptor);
 void udd_area_unmap(void *area);
+// Gives what malloc() keeps for later back to the system.
+void udd_memory_trim(void);
 
 // Digests of `count` consecutive 4096-byte pages; ret takes 2 × count words, low half first.
 void udd_digest_pages(const void *pages, size_t count, uint64_t *ret);
@@ -70,6 +72,8 @@ size_t udd_index_bytes(const struct udd_index *index);
 
 // Most candidates of an agent. Needed before its first report: an unknown agent's limit is 0.
 int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit);
+// Most candidates of all agents together; without a limit to begin with. Those above it stay.
+void udd_index_set_most(struct udd_index *index, size_t candidates);
 // Looks reports up, in order; a page found nowhere becomes a candidate at once. Returns the number of matches (≤ count).
 int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
 		     enum udd_alone alone, struct udd_match *ret_matches, struct udd_lookup_counts *ret);
@@ -78,6 +82,8 @@ void udd_index_next_round(struct udd_index *index, uint32_t agent);
 // Both return the number of candidates removed.
 size_t udd_index_age(struct udd_index *index);
 size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent);
+// Removes all candidates and gives their memory back; returns how many they were.
+size_t udd_index_forget_candidates(struct udd_index *index);
 // Removes a candidate whose digest is `digest`; returns 1 and who it was, or 0.
 int udd_index_take_candidate(struct udd_index *index, const uint64_t *digest, uint32_t *ret_agent, uint64_t *ret_address);
 
@@ -155,6 +161,8 @@ size_t udd_hints_pop(struct udd_hints *hints, size_t pages, struct udd_hinted *r
 // Nothing of an agent is popped while it is held.
 int udd_hints_hold(struct udd_hints *hints, uint32_t agent, int hold);
 void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent);
+// Forgets all hints and gives their memory back; returns how many they were.
+uint32_t udd_hints_clear(struct udd_hints *hints);
 // Length of the leading part of `hinted` that is one agent's.
 size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count);
 // Splits one agent's hints into reports (digest known) and ranges (to be visited); both arrays have room for `count`.

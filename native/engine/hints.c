@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "../common/digest.h"
@@ -618,6 +619,32 @@ void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent)
 		entry_release(hints, lane, lane->top);
 	free(lane->mappings);
 	memmove(lane, lane + 1, (hints->lanes + hints->lane_count-- - (lane + 1)) * sizeof(*lane));
+}
+
+// Only what lies in whole pages goes back: the array may have neighbours.
+static void give_back(void *array, size_t bytes)
+{
+	uintptr_t begin = ((uintptr_t)array + UDD_PAGE_SIZE - 1) & -(uintptr_t)UDD_PAGE_SIZE;
+	uintptr_t end = ((uintptr_t)array + bytes) & -(uintptr_t)UDD_PAGE_SIZE;
+
+	if (begin < end)
+		madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+uint32_t udd_hints_clear(struct udd_hints *hints)
+{
+	uint32_t depth = hints->depth;
+
+	for (uint32_t i = 0; i < hints->lane_count; i++) {
+		while (hints->lanes[i].depth)
+			entry_release(hints, &hints->lanes[i], hints->lanes[i].top);
+	}
+	// Nothing is in use now: all keys and buckets are 0, as if they had never been used.
+	give_back(hints->entries, hints->slots * sizeof(*hints->entries));
+	give_back(hints->buckets, ((size_t)hints->bucket_mask + 1) * sizeof(*hints->buckets));
+	hints->free = NONE;
+	hints->fresh = 0;
+	return depth;
 }
 
 size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count)

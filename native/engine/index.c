@@ -49,6 +49,7 @@ struct udd_index {
 	struct table candidates; // value: agent number, page number, low bits of the agent's round
 	struct table parked;     // candidates that don't age: no digest is in both. Value: likewise, without the round
 	struct table shared;     // value: segment, slot
+	size_t most;             // candidates that are not parked
 	uint64_t secret[2];
 	struct agent_state *agents; // by number
 	uint32_t agents_capacity;
@@ -190,6 +191,7 @@ struct udd_index *udd_index_create(void)
 		return NULL;
 	}
 	index->zero = udd_digest_page(zero_page);
+	index->most = SIZE_MAX;
 	return index;
 }
 
@@ -234,6 +236,11 @@ int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit)
 	}
 	index->agents[agent].limit = limit;
 	return 0;
+}
+
+void udd_index_set_most(struct udd_index *index, size_t candidates)
+{
+	index->most = candidates;
 }
 
 // Rounds in which the agent will not look at the page.
@@ -351,7 +358,7 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 			ret->own++;
 			continue;
 		}
-		if (state->count >= state->limit) {
+		if (state->count >= state->limit || index->candidates.count >= index->most) {
 			ret->refused++;
 			continue;
 		}
@@ -408,6 +415,21 @@ size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent)
 	if (index->agents[agent].count)
 		removed = index_sweep(index, &index->candidates, agent) + index_sweep(index, &index->parked, agent);
 	index->agents[agent] = (struct agent_state){0};
+	return removed;
+}
+
+size_t udd_index_forget_candidates(struct udd_index *index)
+{
+	struct table *table = &index->candidates;
+	size_t removed = table->count;
+
+	for (size_t i = 0; i < table->capacity; i++) {
+		if (table->entries[i].value)
+			index->agents[candidate_agent(table->entries[i].value)].count--;
+	}
+	memset(table->entries, 0, table->capacity * sizeof(struct entry));
+	table->count = 0;
+	table_shrink(index, table);
 	return removed;
 }
 

@@ -142,6 +142,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="let programs of user UID join the trust domain LABEL; may be repeated",
     )
     parser.add_argument(
+        "--pressure",
+        choices=("auto", "off"),
+        default="auto",
+        help="watch the memory pressure of the machine and of the engine's control group, where the kernel tells: "
+        "scan faster when programs wait for memory, and drop caches when they wait for long (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-map-count",
         type=count(1),
         metavar="N",
@@ -210,6 +217,7 @@ def run(args: argparse.Namespace) -> int:
         allowed_domains=frozenset(args.allow_domain) | settings.allowed,
         shared_domains=settings.shared,
         map_count=args.max_map_count,
+        pressure_files=() if args.pressure == "off" else None,
         drop_privileges=True,
         service=service,
     )

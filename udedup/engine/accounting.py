@@ -200,6 +200,19 @@ class AgentsStatus(msgspec.Struct, frozen=True):
     """Those that lied, or did not answer."""
 
 
+class PressureStatus(msgspec.Struct, frozen=True):
+    """Memory pressure, by the kernel (see ``udedup.engine.pressure``)."""
+
+    level: str
+    """none, some, full; off: it isn't watched, or the kernel does not tell."""
+    some: float
+    full: float
+    """Parts of the time, as of the last look."""
+    times_some: int
+    times_full: int
+    """How often it rose to that."""
+
+
 class KernelStatus(msgspec.Struct, frozen=True):
     """What the kernel says (/proc/PID/smaps of the agents and the engine)."""
 
@@ -287,6 +300,7 @@ class Status(msgspec.Struct, frozen=True):
     store: StoreStatus
     index: IndexStatus
     agents_total: AgentsStatus
+    pressure: PressureStatus
     kernel: KernelStatus | None
     """None if the request left it out."""
     agents: list[AgentStatus]

@@ -399,7 +399,9 @@ class Agent:
         if report_count:
             # Nobody had to hash them, but they are looked up, and charged against the rate, like all others.
             self._counters.pages_scanned += report_count
-            await self._take_reports(reports, report_count, hinted, share_alone=self._shares_first_read)
+            await self._take_reports(
+                reports, report_count, hinted, share_alone=self._shares_first_read and self._shortage.caches_may_grow
+            )
         await self._visit(ranges, range_count, hinted)
         self._counters.hints_visited += hinted.count
 

@@ -106,6 +106,9 @@ class EngineConfig:
     service: Service = attrs.field(factory=Service)
     """What a service manager gave; its socket is used instead of opening one at ``socket``."""
 
+    pressure_files: tuple[Path, ...] | None = None
+    """Where memory pressure is read; empty: it isn't; None: wherever the kernel has it for us."""
+
     retire_seconds: float = 2.0
     """Pause between looks for segments that are mostly dead, s."""
 

@@ -140,3 +140,7 @@ class HintStack:
     def forget_agent(self, agent: int) -> None:
         """Removes an agent's hints."""
         lib.udd_hints_forget_agent(self._handle, agent)
+
+    def clear(self) -> int:
+        """Removes all hints and gives their memory back; returns how many pages they were of."""
+        return int(lib.udd_hints_clear(self._handle))

@@ -8,6 +8,8 @@ import attrs
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.wire import check
 
+SIZE_MAX = 2**64 - 1
+
 
 @attrs.frozen
 class Matches:
@@ -74,6 +76,14 @@ class Index:
     def forget_agent(self, agent: int) -> int:
         """Removes an agent's candidates; returns how many."""
         return int(lib.udd_index_forget_agent(self.handle, agent))
+
+    def set_most(self, candidates: int | None) -> None:
+        """Most candidates of all agents together; None: without a limit."""
+        lib.udd_index_set_most(self.handle, SIZE_MAX if candidates is None else candidates)
+
+    def forget_candidates(self) -> int:
+        """Removes all candidates and gives their memory back; returns how many."""
+        return int(lib.udd_index_forget_candidates(self.handle))
 
     def forget_segment(self, segment: int) -> int:
         """Removes what leads to a segment; returns how many digests."""

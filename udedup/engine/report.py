@@ -17,6 +17,7 @@ from udedup.engine.accounting import (
     LeadTimeStatus,
     MemoryStatus,
     MergeStatus,
+    PressureStatus,
     Status,
     StoreStatus,
 )
@@ -24,6 +25,7 @@ from udedup.engine.agent import Agent, agents_cpu_seconds
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import Domain
 from udedup.engine.kernel import KernelView, read_smaps
+from udedup.engine.pressure import Level, PressureState
 from udedup.engine.wire import SHARED_BYTES
 
 
@@ -44,12 +46,25 @@ def agent_status(agent: Agent) -> AgentStatus:
     )
 
 
+def _pressure_status(state: PressureState | None) -> PressureStatus:
+    if state is None:
+        return PressureStatus("off", 0.0, 0.0, 0, 0)
+    return PressureStatus(
+        level=state.level.word,
+        some=state.stall.some,
+        full=state.stall.full,
+        times_some=state.times[Level.SOME],
+        times_full=state.times[Level.FULL],
+    )
+
+
 def status(
     *,
     config: EngineConfig,
     counters: Counters,
     pages_to_scan: int,
     overwritten: int,
+    pressure: PressureState | None,
     agents: list[Agent],
     domains: Collection[Domain],
     images: list[ImageStatus],
@@ -57,7 +72,8 @@ def status(
 ) -> Status:
     """Everything about these agents and domains.
 
-    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack.
+    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack; ``pressure``: None if
+    it isn't watched.
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -129,6 +145,7 @@ def status(
             bytes=sum(domain.index.size for domain in domains),
         ),
         agents_total=AgentsStatus(joined=counters.agents_joined, dropped=counters.agents_dropped),
+        pressure=_pressure_status(pressure),
         kernel=None
         if kernel is None
         else KernelStatus(pss_bytes=kernel.pss, saved_bytes=kernel.saved, unreadable=kernel.unreadable),

@@ -8,8 +8,9 @@ import trio
 
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
-from udedup.engine.compaction import Compaction
+from udedup.engine.compaction import PATIENCE, Compaction
 from udedup.engine.domain import Domain
+from udedup.engine.pressure import Level, PressureState
 from udedup.engine.shortage import Shortage
 
 
@@ -18,6 +19,7 @@ class Household(Protocol):
 
     counters: Counters
     shortage: Shortage
+    pressure: PressureState
 
     @property
     def agents(self) -> Iterable[Agent]:
@@ -60,7 +62,8 @@ class Retirement:
 
     def _retire(self, domain: Domain, agents: Collection[Agent]) -> None:
         now = trio.current_time()
-        for number in self._compactions[domain].choose(domain.store.fills(now), now):
+        patience = PATIENCE if self._household.pressure.level == Level.NONE else 0.0
+        for number in self._compactions[domain].choose(domain.store.fills(now), now, patience=patience):
             segment = domain.store.segments[number]
             domain.store.begin_retirement(segment, domain.index_of(segment))
         for segment in list(domain.store.segments.values()):

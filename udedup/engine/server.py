@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, privileges, report
+from udedup.engine import clients, kernel, maplimit, privileges, psi, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -40,6 +40,8 @@ from udedup.engine.hints import HintStack
 from udedup.engine.link import Link, LinkClosedError, Peer, peer_of, send
 from udedup.engine.listener import listening
 from udedup.engine.native import lib
+from udedup.engine.pressure import PERIOD, PressureState, PressureWatch
+from udedup.engine.relief import CPU_MOST, Caches, EagerPace
 from udedup.engine.retirement import Retirement
 from udedup.engine.rounds import Rounds
 from udedup.engine.scheduler import Scheduler
@@ -96,7 +98,16 @@ class Engine:
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
         self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
-        self.pace = _pace(config)
+        files = psi.files() if config.pressure_files is None else config.pressure_files
+        self.pressure_files: tuple[Path, ...] = tuple(files)
+        """Those that are watched."""
+        self.pressure = PressureState()
+        self.pace: Pace = EagerPace(
+            _pace(config),
+            self.pressure,
+            sleep_seconds=config.sleep_millisecs / 1000,
+            max_cpu=CPU_MOST if config.advisor is None else config.advisor.max_cpu,
+        )
         """Sets pages_to_scan."""
         self.identity = (secrets.randbits(64) or 1, secrets.randbits(64) or 1)
         """Tells this engine from earlier ones."""
@@ -354,6 +365,7 @@ class Engine:
             counters=self.counters if everything else Counters(),
             pages_to_scan=self.pace.pages_to_scan,
             overwritten=self.hints.overwritten if everything else 0,
+            pressure=self.pressure if self.pressure_files else None,
             agents=agents,
             domains=self.domains if everything else {agent.domain for agent in agents},
             images=[
@@ -495,6 +507,7 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
         _listener(config) as listener,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
+        psi.PressureFiles(engine.pressure_files, period=PERIOD) as pressure,
     ):
         if config.drop_privileges:
             privileges.drop(mount=config.mount is not None)
@@ -514,7 +527,13 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
                 )
                 engine.mount_dev = await nursery.start(show)
             nursery.start_soon(scheduler.run)
-            nursery.start_soon(Retirement(engine, config.retire_seconds).run)
+            retirement = Retirement(engine, config.retire_seconds)
+            nursery.start_soon(retirement.run)
+            if engine.pressure_files:
+                caches = Caches(
+                    lambda: engine.domains, engine.hints, lambda: engine.images or (), engine.shortage, retirement.look
+                )
+                nursery.start_soon(PressureWatch(pressure, caches, engine.pressure).run)
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)

@@ -243,6 +243,10 @@ class Image:
         if not stamp.in_place:
             self.report("moved", "is no longer at its path: the file that was opened goes on being served")
 
+    def forget_digests(self) -> None:
+        """Gives their memory back; who reads the blocks next has them computed anew."""
+        self._table.clear()
+
     def opened_by(self, pid: int, *, direct: bool) -> None:
         """One open file more."""
         self.openers[pid] += 1
