@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What does looking cost, beside ksmd, where there is next to nothing to share?
 
-Two processes with nothing in common, the engine at KSM's default rate, then ksmd at the same on two bare processes of the
-same kind. ``still``: memory that nobody writes to. ``reading``: half of it is read from an image on the engine's mount
-over and over, always the same, and more than the rate limit allows to look at: hints come all the time. CPU is that of
-the engine's process, FUSE included, and of the agents' threads, from filled memory on.
+Two processes with nothing in common, the engine at KSM's default rate, then ksmd at the same on two bare processes of
+the same kind. ``still``: memory that nobody writes to. ``reading``: half of it is read from an image on the engine's
+mount over and over, always the same, and more than the rate limit allows to look at: hints come all the time. CPU is
+that of the engine's process, FUSE included, and of the agents' threads, from filled memory on.
 """
 
 import os
@@ -19,7 +19,7 @@ from measuring import PAGE, Bench, Engine, Figure, Report, main, process_cpu, st
 
 from udedup.record.kernel import ksm, ksm_counter, ksmd_cpu
 
-SECONDS: Final = 60.0
+SECONDS: Final = 45.0
 SECONDS_QUICK: Final = 20.0
 RATE: Final = {"pages_to_scan": 100, "sleep_millisecs": 20}
 """KSM's default."""

@@ -33,8 +33,8 @@ REPAY_SHARE = (7, 8)
 
 
 TOGETHER_SECONDS = 0.2
-"""The spurts of so many seconds are done together, those for hints first: each time costs a wake-up of the engine and of
-agents, which at KSM's default rate is most of the work …"""
+"""The spurts of so many seconds are done together, those for hints first: each time costs a wake-up of the engine and
+of agents, which at KSM's default rate is most of the work …"""
 
 QUIET_SECONDS = 1.0
 """… and while no hints come, so many seconds'; a hint then ends the pause. One of somebody who gave none of late always
