@@ -19,7 +19,7 @@ from measuring import PAGE, Bench, Engine, Figure, Report, main, process_cpu, st
 
 from udedup.record.kernel import ksm, ksm_counter, ksmd_cpu
 
-SECONDS: Final = 60.0
+SECONDS: Final = 45.0
 SECONDS_QUICK: Final = 20.0
 RATE: Final = {"pages_to_scan": 100, "sleep_millisecs": 20}
 """KSM's default."""
