@@ -82,7 +82,7 @@ void udd_index_next_round(struct udd_index *index, uint32_t agent);
 // Both return the number of candidates removed.
 size_t udd_index_age(struct udd_index *index);
 size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent);
-// Removes all candidates and gives their memory back; returns how many they were.
+// Removes all candidates but parked ones and gives their memory back; returns how many they were.
 size_t udd_index_forget_candidates(struct udd_index *index);
 // Removes a candidate whose digest is `digest`; returns 1 and who it was, or 0.
 int udd_index_take_candidate(struct udd_index *index, const uint64_t *digest, uint32_t *ret_agent, uint64_t *ret_address);

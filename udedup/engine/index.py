@@ -78,11 +78,11 @@ class Index:
         return int(lib.udd_index_forget_agent(self.handle, agent))
 
     def set_most(self, candidates: int | None) -> None:
-        """Most candidates of all agents together; None: without a limit."""
+        """Most candidates of all agents together, parked ones apart; None: without a limit."""
         lib.udd_index_set_most(self.handle, SIZE_MAX if candidates is None else candidates)
 
     def forget_candidates(self) -> int:
-        """Removes all candidates and gives their memory back; returns how many."""
+        """Removes all candidates but parked ones and gives their memory back; returns how many."""
         return int(lib.udd_index_forget_candidates(self.handle))
 
     def forget_segment(self, segment: int) -> int:
