@@ -395,6 +395,21 @@ uint64_t udd_shelf_nominees(const struct udd_shelf *shelf, const struct udd_inde
 uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t epoch, const struct udd_index *index,
 		       const uint64_t *digests, uint64_t first, uint32_t count, const char *data, struct udd_put_counts *ret);
 
+// ---- apart.c: a file of our own mount, used by threads that are no obstacle to the engine's end ----
+
+struct udd_stretch {
+	uint64_t offset; // in the file
+	uint64_t bytes;
+	uint64_t got; // bytes read, fewer only at the end of the file
+};
+
+// Both open the file, go through all stretches and close it. From before the opening on *ret_thread is the thread that does it,
+// afterwards 0. They return 0 or what failed first.
+// `ret_data`: room for the bytes of all stretches, one after the other.
+int udd_apart_read(const char *path, struct udd_stretch *stretches, size_t count, char *ret_data, uint32_t *ret_thread);
+// Drops what is cached and not mapped.
+int udd_apart_drop(const char *path, struct udd_stretch *stretches, size_t count, uint32_t *ret_thread);
+
 // ---- sample.c: what has really been merged, seen from outside ----
 
 struct udd_sampler;

@@ -180,7 +180,7 @@ class ImageFilesystem(pyfuse3.Operations):
             image,
             Opener.of(process_of(ctx.pid), ctx.uid),
             direct=bool(flags & os.O_DIRECT),
-            own=ctx.pid in self.tidier.threads,
+            own=ctx.pid == self.tidier.thread[0],
         )
         # Counts from now on: while it is examined nobody may take it out of the mount.
         image.opened_by(handle.pid, direct=handle.direct)
