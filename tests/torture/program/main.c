@@ -19,6 +19,7 @@
 #include "torture.h"
 
 static const uint64_t second = 1000000000;
+static const uint64_t millisecond = 1000000;
 static const size_t shared_size = (size_t)8 << 30; // address space and file size, not memory
 
 struct options options = {.seconds = 10, .threads = 8, .hang = 20, .directory = "."};
@@ -102,10 +103,11 @@ static void *worker_thread(void *worker)
 
 static void watch(void)
 {
+	uint64_t *reported = shared_allocate(worker_count * sizeof(*reported)); // beginning of each worker's last slow operation
 	bool all;
 
 	do {
-		struct timespec pause = {.tv_nsec = 100000000};
+		struct timespec pause = {.tv_nsec = options.slow ? 20000000 : 100000000};
 
 		nanosleep(&pause, NULL);
 		all = true;
@@ -116,6 +118,10 @@ static void watch(void)
 			all &= w->done;
 			if (!w->done && time > since && time - since > options.hang * second)
 				hang("torture: HANG: thread %u (tid %d) made no progress for %u s", i, (int)w->tid, options.hang);
+			if (options.slow && w->doing && time > since && time - since > options.slow * millisecond && since != reported[i]) {
+				reported[i] = since;
+				say_slow(w);
+			}
 		}
 	} while (!all);
 }
@@ -274,7 +280,8 @@ static int write_data(const char *path)
 }
 
 static const char usage[] =
-	"usage: torture [--seed N] [--seconds N] [--threads N] [--hang SECONDS] [--raw] [--directory DIR] [--image FILE]\n"
+	"usage: torture [--seed N] [--seconds N] [--threads N] [--hang SECONDS] [--slow MS] [--raw] [--directory DIR]\n"
+	"               [--image FILE]\n"
 	"       torture --write-data FILE     write what an image given with --image must contain\n"
 	"       torture --self-test           check that every kind of fault is noticed\n"
 	"       torture --sabotage KIND …     run with one kind of fault\n"
@@ -311,7 +318,8 @@ int main(int argc, char **argv)
 		{"raw", no_argument, NULL, 'r'},             {"directory", required_argument, NULL, 'd'},
 		{"image", required_argument, NULL, 'i'},     {"write-data", required_argument, NULL, 'w'},
 		{"self-test", no_argument, NULL, 'T'},       {"sabotage", required_argument, NULL, 'S'},
-		{"exit", required_argument, NULL, 'e'},      {NULL, 0, NULL, 0},
+		{"exit", required_argument, NULL, 'e'},      {"slow", required_argument, NULL, 'l'},
+		{NULL, 0, NULL, 0},
 	};
 	const char *data_path = NULL;
 	bool test = false;
@@ -328,6 +336,7 @@ int main(int argc, char **argv)
 		case 't': options.seconds = (unsigned int)number(optarg, 1, 1000000); break;
 		case 'n': options.threads = (unsigned int)number(optarg, 1, 64); break;
 		case 'h': options.hang = (unsigned int)number(optarg, 4, 3600); break;
+		case 'l': options.slow = (unsigned int)number(optarg, 1, 100000); break;
 		case 'r': options.raw = true; break;
 		case 'd': options.directory = optarg; break;
 		case 'i': options.image = optarg; break;

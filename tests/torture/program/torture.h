@@ -166,6 +166,7 @@ struct options {
 	unsigned int seconds;
 	unsigned int threads;
 	unsigned int hang; // seconds without progress
+	unsigned int slow; // ms after which an operation is reported while it lasts; 0: never
 	bool raw;
 	enum sabotage sabotage;
 	const char *image;     // a file with the data file's content, or null
@@ -205,6 +206,7 @@ _Noreturn void fail(const struct region *r, const void *address, const char *for
 	__attribute__((format(printf, 3, 4)));
 _Noreturn void hang(const char *format, ...) __attribute__((format(printf, 1, 2)));
 _Noreturn void setup_error(const char *what);
+void say_slow(const struct worker *w);
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void check_bytes(const struct region *r, const unsigned char *got, const unsigned char *want, size_t size, const char *what);
 void check_span(struct worker *w, struct region *r, struct span span);
