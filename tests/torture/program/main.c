@@ -38,15 +38,41 @@ uint64_t now(void)
 	return (uint64_t)time.tv_sec * second + (uint64_t)time.tv_nsec - start;
 }
 
+// Of the calling thread, without libc: its read() is what a program under test may be slow in.
+struct cpu_times cpu_times(void)
+{
+	char text[96];
+	struct cpu_times ret = {0};
+	long fd = syscall(SYS_openat, AT_FDCWD, "/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+	long got = fd < 0 ? -1 : syscall(SYS_read, fd, text, sizeof(text) - 1);
+
+	if (fd >= 0)
+		syscall(SYS_close, fd);
+	if (got <= 0)
+		return ret;
+	text[got] = 0;
+	char *end;
+
+	ret.ran = strtoull(text, &end, 10);
+	ret.queued = strtoull(end, NULL, 10);
+	return ret;
+}
+
 // A sleep on purpose: not counted as time of the operation.
 void nap(struct worker *w, uint64_t ns)
 {
 	struct timespec time = {(time_t)(ns / second), (long)(ns % second)};
+	struct cpu_times cpu_before = cpu_times();
 	uint64_t before = now();
 
 	nanosleep(&time, NULL);
-	w->since += now() - before;
-	w->napped += now() - before;
+	uint64_t took = now() - before;
+	struct cpu_times cpu = cpu_times();
+
+	w->since += took;
+	w->napped += took;
+	w->napped_cpu.ran += cpu.ran - cpu_before.ran;
+	w->napped_cpu.queued += cpu.queued - cpu_before.queued;
 }
 
 bool stopping(const struct worker *w)
@@ -146,9 +172,41 @@ static uint64_t percentile(const struct times *times, double share)
 	return times->max;
 }
 
+void add_times(struct times *sum, const struct times *times)
+{
+	sum->count += times->count;
+	if (times->max > sum->max)
+		sum->max = times->max;
+	for (unsigned int i = 0; i < BUCKETS; i++)
+		sum->buckets[i] += times->buckets[i];
+}
+
+void add_costs(struct costs *sum, const struct costs *costs)
+{
+	add_times(&sum->whole, &costs->whole);
+	add_times(&sum->asleep, &costs->asleep);
+	add_times(&sum->ran, &costs->ran);
+}
+
+// A histogram as JSON: counts by the upper end of their bucket in microseconds.
+static void print_times(const char *name, const struct times *times)
+{
+	const char *separator = "";
+
+	printf("\"%s\": {\"p9999_us\": %.1f, \"max_us\": %.1f, \"histogram\": {", name, (double)percentile(times, 0.9999) / 1e3,
+	       (double)times->max / 1e3);
+	for (unsigned int i = 0; i < BUCKETS; i++) {
+		if (!times->buckets[i])
+			continue;
+		printf("%s\"%.3f\": %" PRIu32, separator, (double)bucket_end(i) / 1e3, times->buckets[i]);
+		separator = ", ";
+	}
+	printf("}}");
+}
+
 static void print_result(void)
 {
-	static struct times sum[OPERATIONS];
+	static struct costs sum[OPERATIONS];
 	uint64_t verified = 0, skipped = 0, children = 0, all = 0;
 
 	for (unsigned int i = 0; i < worker_count; i++) {
@@ -158,21 +216,23 @@ static void print_result(void)
 		skipped += w->skipped;
 		children += w->children;
 		for (unsigned int j = 0; j < operation_count; j++) {
-			sum[j].count += w->times[j].count;
-			all += w->times[j].count;
-			if (w->times[j].max > sum[j].max)
-				sum[j].max = w->times[j].max;
-			for (unsigned int k = 0; k < BUCKETS; k++)
-				sum[j].buckets[k] += w->times[j].buckets[k];
+			add_costs(&sum[j], &w->costs[j]);
+			all += w->costs[j].whole.count;
 		}
 	}
 	printf("{\"seed\": %" PRIu64 ", \"seconds\": %.3f, \"threads\": %u, \"raw\": %s, \"operations\": %" PRIu64
 	       ", \"verified_pages\": %" PRIu64 ", \"children\": %" PRIu64 ", \"skipped\": %" PRIu64 ", \"by_kind\": {",
 	       options.seed, (double)now() / 1e9, options.threads, options.raw ? "true" : "false", all, verified, children,
 	       skipped);
-	for (unsigned int i = 1; i < operation_count; i++)
-		printf("%s\"%s\": {\"count\": %" PRIu64 ", \"p9999_us\": %.1f, \"max_us\": %.1f}", i == 1 ? "" : ", ",
-		       operations[i].name, sum[i].count, (double)percentile(&sum[i], 0.9999) / 1e3, (double)sum[i].max / 1e3);
+	for (unsigned int i = 1; i < operation_count; i++) {
+		printf("%s\"%s\": {\"count\": %" PRIu64 ", ", i == 1 ? "" : ", ", operations[i].name, sum[i].whole.count);
+		print_times("whole", &sum[i].whole);
+		printf(", ");
+		print_times("asleep", &sum[i].asleep);
+		printf(", ");
+		print_times("ran", &sum[i].ran);
+		printf("}");
+	}
 	printf("}}\n");
 	if (fflush(stdout))
 		setup_error("standard output");
