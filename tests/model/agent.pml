@@ -113,7 +113,7 @@ inline lock_exclusive() /* udd_lock_exclusive() */
 	atomic { !held && !readers -> held = 1; waiters-- }
 }
 
-inline unlock_exclusive() /* udd_unlock_exclusive(), admit() */
+inline unlock_exclusive() /* udd_unlock_exclusive() */
 {
 	d_step {
 		held = 0;
