@@ -186,7 +186,7 @@ def _build_disk(root: Path, disk: Path, free: int) -> int:
     size = (int(used * 1.05) + (16 << 20) + free) // _BLOCK_BYTES * _BLOCK_BYTES
     with disk.open("wb") as file:
         file.truncate(size)
-    inodes = max(len(entries) * 2, size // _BYTES_PER_INODE // 4)
+    inodes = len(entries) * 2 + free // _BYTES_PER_INODE
     _run(["mkfs.ext4", "-q", "-F", "-b", str(_BLOCK_BYTES), "-N", str(inodes), "-m", "0", "-d", root, disk])
     return size
 

@@ -190,7 +190,8 @@ class Theatre:
 
     def _engine_options(self) -> list[str]:
         settings = self._settings
-        options = ["--policy", settings.policy, "--hint-ratio", settings.hint_ratio]
+        # At KSM's rate also where others on the machine wait for memory.
+        options = ["--policy", settings.policy, "--hint-ratio", settings.hint_ratio, "--pressure", "off"]
         rate = settings.rate
         options += ["--pages-to-scan", str(rate.pages_to_scan), "--sleep-millisecs", str(rate.sleep_millisecs)]
         if settings.hint_slots:
