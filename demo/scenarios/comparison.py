@@ -166,6 +166,7 @@ class Theatre:
                 ksm=stage.side is Side.KSM,
                 images=tuple(self._images.values()),
                 settings={"scenario": self._name, "side": stage.side.value} | self._about(),
+                interval=self._settings.sample_seconds,
             ) as stage.recorder,
             trio.open_nursery() as nursery,
         ):
