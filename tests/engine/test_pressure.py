@@ -1,13 +1,16 @@
 """Memory pressure: when which level is reached and left, what is given back, and that the kernel's own word arrives."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import trio
 from engine.conftest import Start
 from engine.fake_agent import PAGE, FakeAgent, page
+from support.cgroup import hogs, memory_group, no_pressure, thrash_file
 
+from udedup.engine import pressure as pressure_module
 from udedup.engine.advisor import FixedPace
 from udedup.engine.headroom import of_groups, of_machine, own_group, own_memory_group
 from udedup.engine.pressure import CALM_SECONDS, PLENTY_PART, Level, Levels, PressureState, PressureWatch, Stall
@@ -225,3 +228,45 @@ async def test_an_engine_drops_what_it_can_make_anew_and_goes_on_sharing(start: 
 async def test_it_can_be_off(start: Start) -> None:
     engine = await start(pressure_files=())
     assert (await engine.status())["pressure"]["level"] == "off"
+
+
+GROUP_BYTES = 24 << 20
+THRASH_BYTES = 96 << 20
+HOGS = 3
+ALWAYS_SECONDS = 6.0
+"""If the kernel says that all have waited for memory in a good part of so many seconds, an engine must have noticed."""
+
+
+async def test_under_real_pressure_it_is_eager_then_small_and_comes_back(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    """In a control group with a limit, processes read a file that it has no room for: the kernel makes them wait."""
+    if (reason := no_pressure()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(pressure_module, "CALM_SECONDS", 0.5)
+    file = await trio.to_thread.run_sync(thrash_file, tmp_path / "thrash", THRASH_BYTES)
+    with memory_group(f"pressure-{os.getpid()}", GROUP_BYTES) as group:
+        engine = await start(pressure_files=(group.pressure,), sleep_millisecs=20, pages_to_scan=100)
+        agent = FakeAgent(engine.path, {BASE + i * PAGE: page(1000 + i) for i in range(400)})
+        await engine.join(agent)
+
+        async def candidates() -> bool:
+            return bool((await engine.status())["index"]["candidates"] == 400)
+
+        await engine.until(candidates, "candidates")
+        assert (await engine.status())["pages_to_scan"] == 100
+        with hogs(group, file, HOGS):
+            before = parse(group.pressure.read_text())
+            with trio.move_on_after(ALWAYS_SECONDS):
+                await until_level(engine, "full")
+            waited = parse(group.pressure.read_text()).full - before.full
+            status = await engine.status()
+            if status["pressure"]["level"] != "full" and waited < pressure_module.FULL_PART * ALWAYS_SECONDS * 2:
+                pytest.skip(f"the kernel made nobody wait for memory: {waited:.2f} s in {ALWAYS_SECONDS:.0f}")
+            assert status["pressure"]["level"] == "full", waited
+            assert status["pressure"]["times_some"] >= status["pressure"]["times_full"] == 1
+            assert status["pages_to_scan"] == BOOST * 100
+            assert any("dropped 400 candidates" in line for line in warnings())
+        await until_level(engine, "none")
+        assert (await engine.status())["pages_to_scan"] == 100
+        await engine.until(candidates, "candidates again")
