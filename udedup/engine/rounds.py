@@ -27,7 +27,7 @@ DRAIN_PAGES = 1 << 15
 BUSY_SECONDS = 0.05
 """How long the linear scan waits when all agents are busy, s."""
 
-QUIET_SECONDS = 0.5
+QUIET_SECONDS = 0.2
 """Who gave no hints in that time is served at once when it does."""
 
 VISITS_MAX = 3

@@ -32,7 +32,7 @@ REPAY_SHARE = (7, 8)
 """Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
 
 
-TOGETHER_SECONDS = 0.5
+TOGETHER_SECONDS = 0.2
 """The spurts of so many seconds are done together, those for hints first: each time costs a wake-up of the engine and
 of agents, which at KSM's default rate is most of the work …"""
 
