@@ -6,7 +6,8 @@ wrapped; and once more it is looked when the engine has had the time to let go o
 kernel: pages of the image in the page cache of the mount and of the file beneath it (cachestat), pages of the store,
 and "own": by how much the processes' Pss without the store, and without the area that an agent shares with the engine
 (tests/bench/memory.py has that), grew through reading. The total has every page once.
-"copies" is the total by the image's size: 1 means that a block costs one page, however many read it; what is above that are the agents' tables, in "own".
+"copies" is the total by the image's size: 1 means that a block costs one page, however many read it. What is above
+that are the agents' tables, which are in "own".
 """
 
 import os
