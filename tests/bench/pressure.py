@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What an engine does under real memory pressure, and who is charged for what.
 
-In a control group whose memory is limited: an engine at its default rate, and wrapped programs, a third of whose
-memory is equal in all. Then processes in the same group read a file for which it has no room, over and over (the
-pressure is the kernel's own: everybody who allocates there waits). Half way through another program comes, with new
+In a control group: an engine at its default rate, and wrapped programs, a third of whose memory is equal in all. Then
+the group gets a limit that leaves hardly room for cached files, and processes in it read a large one, over and over
+(the pressure is the kernel's own: everybody who allocates there waits). Half way through another program has new
 memory. Beside that, two groups without a limit, one with an engine and one with programs, for what is charged to whom.
 """
 
@@ -18,11 +18,16 @@ from support.cgroup import Group, hogs, memory_group, no_pressure, thrash_file
 
 RUN: Final = 16
 GAP: Final = 32
-STRETCHES: Final = 256
-"""Of RUN equal and GAP own pages each: 48 MiB a program, 16 of them equal."""
+STRETCHES: Final = 512
+"""Of RUN equal and GAP own pages each: 96 MiB a program, 32 of them equal."""
 
-LIMIT: Final = 256 << 20
-FILE: Final = 320 << 20
+STRETCHES_LATE: Final = 64
+"""12 MiB."""
+
+LEFT: Final = 0.1
+"""Part of the group's memory that is left for files."""
+
+FILE: Final = 128 << 20
 HOGS: Final = 3
 CALM_SECONDS: Final = 6.0
 PRESSED_SECONDS: Final = 20.0
@@ -102,24 +107,25 @@ def play(bench: Bench, seconds: float) -> dict[str, list[Sample]]:
     program = bench.compile("layout")
     file = thrash_file(bench.folder / "thrash", FILE)
     layout = (STRETCHES, RUN, GAP, 0)
-    with memory_group(f"bench-{time.time_ns():x}", LIMIT) as group, ExitStack() as stack:
+    with memory_group(f"bench-{time.time_ns():x}") as group, ExitStack() as stack:
         engine = stack.enter_context(bench.engine(prefix=group.prefix))
         programs = [stack.enter_context(bench.start(engine, program, *layout, prefix=group.prefix)) for _ in range(2)]
-        wait_for_agents(engine, 2)
+        newcomer = (STRETCHES_LATE, RUN, GAP, 0)
+        late = stack.enter_context(bench.start(engine, program, *newcomer, prefix=group.prefix))
+        wait_for_agents(engine, 3)
         for each in programs:
             each.ask("fill")
         for each in programs:
             each.ask(f"wait {STRETCHES * RUN}")
         began = time.monotonic()
         phases = {"before": watch(engine, group, began, CALM_SECONDS)}
-        with hogs(group, file, HOGS):
+        with hogs(group, file, HOGS, left=LEFT):
             phases["pressed"] = watch(engine, group, began, seconds / 2)
-            late = stack.enter_context(bench.start(engine, program, *layout, prefix=group.prefix))
             late.ask("fill")
             phases["pressed, with a newcomer"] = watch(engine, group, began, seconds / 2)
         phases["after"] = watch(engine, group, began, AFTER_SECONDS, until="none")
         phases["calm again"] = watch(engine, group, began, CALM_SECONDS)
-        late.ask(f"wait {STRETCHES * RUN}")
+        late.ask(f"wait {STRETCHES_LATE * RUN}")
         for each in (*programs, late):
             each.ask("verify")
         assert group.kills == 0
@@ -201,7 +207,9 @@ def measure(bench: Bench, quick: bool) -> Report:
         *(Figure.of(f"charged: {what}", "MB", [bytes_ / mega]) for what, bytes_ in charged.items()),
     ]
     details: dict[str, Any] = {phase: [attrs.asdict(sample) for sample in samples] for phase, samples in phases.items()}
-    return Report("pressure", f"a group of {LIMIT >> 20} MiB, {HOGS} readers of {FILE >> 20} MiB", figures, details)
+    return Report(
+        "pressure", f"{LEFT:.0%} of a group's memory left for {HOGS} readers of {FILE >> 20} MiB", figures, details
+    )
 
 
 if __name__ == "__main__":

@@ -230,9 +230,11 @@ async def test_it_can_be_off(start: Start) -> None:
     assert (await engine.status())["pressure"]["level"] == "off"
 
 
-GROUP_BYTES = 24 << 20
 THRASH_BYTES = 96 << 20
 HOGS = 3
+LEFT = 0.08
+"""Part of the group's memory that the kernel has to make room in."""
+
 ALWAYS_SECONDS = 6.0
 """If the kernel says that all have waited for memory in a good part of so many seconds, an engine must have noticed."""
 
@@ -245,8 +247,13 @@ async def test_under_real_pressure_it_is_eager_then_small_and_comes_back(
         pytest.skip(reason)
     monkeypatch.setattr(pressure_module, "CALM_SECONDS", 0.5)
     file = await trio.to_thread.run_sync(thrash_file, tmp_path / "thrash", THRASH_BYTES)
-    with memory_group(f"pressure-{os.getpid()}", GROUP_BYTES) as group:
-        engine = await start(pressure_files=(group.pressure,), sleep_millisecs=20, pages_to_scan=100)
+    with memory_group(f"pressure-{os.getpid()}") as group:
+        engine = await start(
+            pressure_files=(group.pressure,),
+            part_left=lambda: min(of_groups(group.memory, group.controller.version)),
+            sleep_millisecs=20,
+            pages_to_scan=100,
+        )
         agent = FakeAgent(engine.path, {BASE + i * PAGE: page(1000 + i) for i in range(400)})
         await engine.join(agent)
 
@@ -255,7 +262,7 @@ async def test_under_real_pressure_it_is_eager_then_small_and_comes_back(
 
         await engine.until(candidates, "candidates")
         assert (await engine.status())["pages_to_scan"] == 100
-        with hogs(group, file, HOGS):
+        with hogs(group, file, HOGS, left=LEFT):
             before = parse(group.pressure.read_text())
             with trio.move_on_after(ALWAYS_SECONDS):
                 await until_level(engine, "full")

@@ -18,13 +18,17 @@ EMPTY_SECONDS: Final = 10.0
 """How long a group may take to be empty once its processes have ended."""
 
 CHUNK: Final = 1 << 18
+HOG_BYTES: Final = 16 << 20
+"""That a hog holds: a small part of a small group would be too little for anybody to go on in."""
 
 # Reads a file over and over: with less room than it has, each read waits for another page to go.
 _HOG: Final = f"""
 import os, sys
 file = os.open(sys.argv[1], os.O_RDONLY)
 size = os.fstat(file).st_size
+held = b"x" * {HOG_BYTES}
 print("ready", flush=True)
+sys.stdin.readline()
 while True:
     for offset in range(0, size, {CHUNK}):
         os.pread(file, {CHUNK}, offset)
@@ -35,6 +39,7 @@ while True:
 class Controller:
     """Where the kernel has memory control groups."""
 
+    version: int
     folder: Path
     limit: str
     """Name of the file that takes the limit."""
@@ -45,10 +50,20 @@ class Controller:
     events: str
     """Name of the file with the line "oom_kill N"."""
 
+    files: tuple[str, ...]
+    """Which lines of memory.stat are cached files."""
+
 
 _CONTROLLERS: Final = (
-    Controller(ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
-    Controller(ROOT, "memory.max", "memory.current", "memory.events"),
+    Controller(
+        1,
+        ROOT / "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "memory.oom_control",
+        ("total_inactive_file", "total_active_file"),
+    ),
+    Controller(2, ROOT, "memory.max", "memory.current", "memory.events", ("inactive_file", "active_file")),
 )
 
 
@@ -110,6 +125,12 @@ class Group:
     def charged(self) -> int:
         """Bytes."""
         return int((self.memory / self.controller.usage).read_text())
+
+    @property
+    def unreclaimable(self) -> int:
+        """Of that, what is no cached file, bytes."""
+        stat = dict(line.split() for line in (self.memory / "memory.stat").read_text().splitlines())
+        return self.charged - sum(int(stat[name]) for name in self.controller.files)
 
     @property
     def kills(self) -> int:
@@ -181,18 +202,28 @@ def thrash_file(path: Path, size: int) -> Path:
 
 
 @contextmanager
-def hogs(group: Group, file: Path, count: int) -> Iterator[None]:
-    """So many processes in the group read a file that has more than the group has room for."""
+def hogs(group: Group, file: Path, count: int, *, left: float) -> Iterator[None]:
+    """So many processes in the group read a file that has more than the group has room for.
+
+    The group gets a limit of which only the part ``left`` is not taken up by what the kernel can't throw out.
+    """
     command = [*group.prefix, sys.executable, "-c", _HOG, str(file)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(count)]  # type: ignore[call-overload]
     try:
         for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
+        group.limit(int(group.unreclaimable / (1 - left)))
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(b"go\n")
+            process.stdin.flush()
         yield
     finally:
         for process in processes:
             process.kill()
             process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()

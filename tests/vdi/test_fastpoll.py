@@ -75,6 +75,7 @@ async def test_polls_again_when_another_task_was_faster(pipe: tuple[int, int]) -
 
 async def test_looks_a_while_for_the_next_request(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastpoll, "SPIN_NS", 10_000_000_000)
+    monkeypatch.setattr(fastpoll, "HOLD_SECONDS", 1000.0)
     # The loop must not have anything else to do.
     monkeypatch.setattr(fastpoll, "loop_descriptor", lambda: -1)
     wait = fastpoll.make_wait(pipe[0], never)
