@@ -88,6 +88,8 @@ def loop_descriptor() -> int:
 def make_wait(descriptor: int, original: WaitReadable) -> WaitReadable:
     """A replacement for ``_wait_fuse_readable`` on the FUSE device open as ``descriptor``."""
     loop = loop_descriptor()
+    # Looked up once: this is run for every request.
+    ask, there, monotonic = lib.udd_request_wait, lib.UDD_REQUEST_THERE, time.monotonic
     spinning = Spinning()
     served = 0
     since = time.monotonic()
@@ -99,18 +101,18 @@ def make_wait(descriptor: int, original: WaitReadable) -> WaitReadable:
         return there is no await, in which another task might take it.
         """
         nonlocal served, since
-        if served >= REQUESTS_MAX or time.monotonic() - since >= HOLD_SECONDS:
+        if served >= REQUESTS_MAX or monotonic() - since >= HOLD_SECONDS:
             await trio.lowlevel.checkpoint()
-            served, since = 0, time.monotonic()
+            served, since = 0, monotonic()
         spin = SPIN_NS if spinning.next() else 0
-        while (found := lib.udd_request_wait(descriptor, loop, spin)) != lib.UDD_REQUEST_THERE:
+        while (found := ask(descriptor, loop, spin)) != there:
             if spin and found == lib.UDD_REQUEST_NONE:
                 spinning.ended(found=False)
             spin = 0
             # The others' turn, as many of their steps as there are.
             if not await original():
                 return False
-            served, since = 0, time.monotonic()
+            served, since = 0, monotonic()
         if spin:
             spinning.ended(found=True)
         served += 1
