@@ -18,6 +18,7 @@
 #include "hooks.h"
 #include "merged.h"
 #include "rings.h"
+#include "sandbox.h"
 #include "sys.h"
 #include "thread.h"
 #include "transaction.h"
@@ -211,7 +212,13 @@ int udd_agent_init(const char *socket_path, const char *label)
 
 static int start_worker(uintptr_t delay_ms)
 {
-	int ret = udd_thread_start(udd_worker_thread, (void *)delay_ms, udd_agent.worker_stack, udd_agent.tls, CLONE_FILES);
+	int ret;
+
+	if (!udd_sandbox_allows_us()) {
+		udd_stop_merging("a seccomp filter forbids what the agent does");
+		return -EPERM;
+	}
+	ret = udd_thread_start(udd_worker_thread, (void *)delay_ms, udd_agent.worker_stack, udd_agent.tls, CLONE_FILES);
 
 	return ret < 0 ? ret : 0;
 }

@@ -64,15 +64,22 @@ static struct udd_live *live_here(void)
 
 static void enter(void)
 {
-	struct udd_live *live = live_here();
-
+	struct udd_lock *lock = &live_here()->lock;
 	// Nested, it must pass a waiting writer, who waits for the hook below.
-	if (depth++ == 0) {
-		if (udd_lock_shared(&live->lock))
-			udd_test_count(UDD_TEST_COLLIDED, 1);
-	} else {
-		udd_lock_shared_urgent(&live->lock);
-	}
+	bool nested = depth++;
+	uint64_t all = ~0UL;
+	uint64_t mask;
+
+	if (nested ? udd_trylock_shared_urgent(lock) : udd_trylock_shared(lock))
+		return;
+	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, &mask, sizeof(all));
+	if (nested)
+		udd_lock_shared_urgent(lock);
+	else
+		udd_lock_shared(lock);
+	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof(mask));
+	if (!nested)
+		udd_test_count(UDD_TEST_COLLIDED, 1);
 }
 
 static void leave(void)
@@ -388,6 +395,21 @@ static long advise_gap(struct udd_span gap, int advice, bool *hole)
 	return ret == -ENOMEM ? 0 : ret;
 }
 
+// The runs from `run` on that lie side by side and are alike, *last being the last of them: taken together, because a mapping can
+// be replaced as a whole even where the process can't have another one.
+static struct udd_span alike_from(const struct udd_run_entry *run, struct udd_span span, const struct udd_run_entry **last)
+{
+	struct udd_span ret = udd_run_span(run);
+	const struct udd_run_entry *next = run;
+
+	do {
+		*last = next;
+		ret.end = udd_run_span(next).end;
+		next = udd_runs_next_in(next, span);
+	} while (next && next->address == ret.end && next->protection == run->protection && next->attributes == run->attributes);
+	return ret;
+}
+
 // Drops the contents of `span`: merged pages become fresh memory, the gaps between them get the application's advice.
 static long discard(struct udd_span span, int advice)
 {
@@ -397,8 +419,8 @@ static long discard(struct udd_span span, int advice)
 	long ret = 0;
 
 	udd_runs_split(runs, span);
-	for (const struct udd_run_entry *run = udd_runs_first(runs, span); run && !udd_failed(ret); run = udd_runs_next_in(run, span)) {
-		struct udd_span merged = udd_run_span(run);
+	for (const struct udd_run_entry *run = udd_runs_first(runs, span), *last; run && !udd_failed(ret); run = udd_runs_next_in(last, span)) {
+		struct udd_span merged = alike_from(run, span, &last);
 
 		ret = advise_gap((struct udd_span){at, merged.start}, advice, &hole);
 		if (!udd_failed(ret) && (run->attributes & UDD_ATTRIBUTE_LOCKED) && advice != MADV_DONTNEED_LOCKED)

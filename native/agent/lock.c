@@ -7,58 +7,89 @@
 #include "sys.h"
 #include "util.h"
 
-static const uint32_t HELD = 1U << 31;           // one writer is in
-static const uint32_t WAITING = 1U << 30;        // a writer waits: no new readers
-static const uint32_t READERS = (1U << 30) - 1U; // how many are in
-static const unsigned SPINS = 100;               // critical sections are mostly shorter than a futex wait
+// The state: a phase number, in the lower half, which grows whenever waiting readers are let in; how many readers are in; how
+// many wait for the next phase; and the writers' bits.
+static const uint64_t PHASE = (1UL << 20) - 1UL;
+static const uint64_t READER = 1UL << 20;
+static const uint64_t READERS = ((1UL << 21) - 1UL) << 20; // more than there can be threads
+static const uint64_t QUEUED = 1UL << 41;
+static const uint64_t QUEUE = ((1UL << 21) - 1UL) << 41;
+static const uint64_t WAITING = 1UL << 62; // a writer waits: no new readers
+static const uint64_t HELD = 1UL << 63;    // one writer is in
+static const unsigned SPINS = 100;         // critical sections are mostly shorter than a futex wait
 
-static uint32_t load(const struct udd_lock *lock)
+static uint64_t load(const struct udd_lock *lock)
 {
-	return __atomic_load_n(&lock->state, __ATOMIC_RELAXED);
+	return __atomic_load_n(&lock->state, __ATOMIC_SEQ_CST);
 }
 
-static bool swap(struct udd_lock *lock, uint32_t *seen, uint32_t wanted)
+static bool swap(struct udd_lock *lock, uint64_t *seen, uint64_t wanted)
 {
-	return __atomic_compare_exchange_n(&lock->state, seen, wanted, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED);
+	return __atomic_compare_exchange_n(&lock->state, seen, wanted, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-// Sleeps while the state is `seen`; `timeout` is relative, NULL = for ever.
-static void wait_while(struct udd_lock *lock, uint32_t seen, const struct timespec *timeout)
+static void wake_readers(struct udd_lock *lock)
 {
-	__atomic_add_fetch(&lock->waiters, 1, __ATOMIC_SEQ_CST);
-	udd_sys(SYS_futex, &lock->state, FUTEX_WAIT_PRIVATE, seen, timeout);
-	__atomic_sub_fetch(&lock->waiters, 1, __ATOMIC_SEQ_CST);
+	udd_sys(SYS_futex, &lock->state, FUTEX_WAKE_PRIVATE, INT32_MAX);
 }
 
-static void wake_all(struct udd_lock *lock)
+static void wake_writers(struct udd_lock *lock)
 {
-	if (__atomic_load_n(&lock->waiters, __ATOMIC_SEQ_CST))
-		udd_sys(SYS_futex, &lock->state, FUTEX_WAKE_PRIVATE, INT32_MAX);
+	__atomic_add_fetch(&lock->turn, 1, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&lock->sleepers, __ATOMIC_SEQ_CST))
+		udd_sys(SYS_futex, &lock->turn, FUTEX_WAKE_PRIVATE, INT32_MAX);
 }
 
-static bool lock_shared(struct udd_lock *lock, uint32_t barred)
+// What the state becomes when the readers that wait are let in.
+static uint64_t admit(uint64_t state)
 {
-	uint32_t seen = load(lock);
-	bool waited = false;
+	uint64_t queued = (state & QUEUE) / QUEUED;
 
-	for (unsigned spins = 0;;) {
-		if (!(seen & barred)) {
-			if (swap(lock, &seen, seen + 1))
-				return waited;
-			continue;
-		}
-		waited = true;
-		if (spins++ < SPINS)
-			udd_pause();
-		else
-			wait_while(lock, seen, NULL);
-		seen = load(lock);
+	if (!queued)
+		return state;
+	return (state & (HELD | WAITING)) | ((state & READERS) + queued * READER) | ((state + 1) & PHASE);
+}
+
+static bool try_shared(struct udd_lock *lock, uint64_t barred, uint64_t *seen)
+{
+	*seen = load(lock);
+	while (!(*seen & barred)) {
+		if (swap(lock, seen, *seen + READER))
+			return true;
 	}
+	return false;
 }
 
-bool udd_lock_shared(struct udd_lock *lock)
+static void lock_shared(struct udd_lock *lock, uint64_t barred)
 {
-	return lock_shared(lock, HELD | WAITING);
+	uint64_t seen;
+	uint64_t phase;
+
+	for (unsigned spins = 0; spins < SPINS; spins++) {
+		if (try_shared(lock, barred, &seen))
+			return;
+		udd_pause();
+	}
+	// Queued only while there is a writer, who will let us in; at any other moment there is no need to.
+	while (!swap(lock, &seen, seen + QUEUED)) {
+		if (!(seen & barred) && try_shared(lock, barred, &seen))
+			return;
+	}
+	phase = seen & PHASE;
+	while (((seen = load(lock)) & PHASE) == phase)
+		udd_sys(SYS_futex, &lock->state, FUTEX_WAIT_PRIVATE, (uint32_t)seen, NULL);
+}
+
+bool udd_trylock_shared(struct udd_lock *lock)
+{
+	uint64_t seen;
+
+	return try_shared(lock, HELD | WAITING, &seen);
+}
+
+void udd_lock_shared(struct udd_lock *lock)
+{
+	lock_shared(lock, HELD | WAITING);
 }
 
 void udd_lock_shared_urgent(struct udd_lock *lock)
@@ -68,66 +99,111 @@ void udd_lock_shared_urgent(struct udd_lock *lock)
 
 bool udd_trylock_shared_urgent(struct udd_lock *lock)
 {
-	uint32_t seen = load(lock);
+	uint64_t seen;
 
-	while (!(seen & HELD)) {
-		if (swap(lock, &seen, seen + 1))
+	return try_shared(lock, HELD, &seen);
+}
+
+void udd_unlock_shared(struct udd_lock *lock)
+{
+	uint64_t left = __atomic_sub_fetch(&lock->state, READER, __ATOMIC_SEQ_CST);
+
+	if (!(left & READERS) && (left & WAITING))
+		wake_writers(lock);
+}
+
+// A writer that waited waits no more. Others set WAITING again in their next turn.
+static void give_up_waiting(struct udd_lock *lock)
+{
+	uint64_t seen = load(lock);
+	uint64_t wanted;
+
+	do
+		wanted = seen & HELD ? seen & ~WAITING : admit(seen & ~WAITING);
+	while (!swap(lock, &seen, wanted));
+	if ((seen ^ wanted) & PHASE)
+		wake_readers(lock);
+	wake_writers(lock);
+}
+
+static bool try_exclusive(struct udd_lock *lock, bool last)
+{
+	uint64_t seen = load(lock);
+
+	while (!(seen & (HELD | READERS)) && !(last && __atomic_load_n(&lock->pressing, __ATOMIC_SEQ_CST))) {
+		if (swap(lock, &seen, (seen & ~WAITING) | HELD))
 			return true;
 	}
 	return false;
 }
 
-void udd_unlock_shared(struct udd_lock *lock)
+// Has readers wait for us. False if the lock was given up meanwhile.
+static bool announce(struct udd_lock *lock)
 {
-	uint32_t left = __atomic_sub_fetch(&lock->state, 1, __ATOMIC_SEQ_CST);
+	uint64_t seen = load(lock);
 
-	if (left == WAITING)
-		wake_all(lock);
+	while (seen & (HELD | READERS)) {
+		if ((seen & WAITING) || swap(lock, &seen, seen | WAITING))
+			return true;
+	}
+	return false;
+}
+
+static bool wait_exclusive(struct udd_lock *lock, uint64_t nanoseconds, bool last)
+{
+	uint64_t deadline = nanoseconds == UINT64_MAX ? UINT64_MAX : udd_now() + nanoseconds;
+
+	for (unsigned spins = 0;;) {
+		uint32_t turn = __atomic_load_n(&lock->turn, __ATOMIC_SEQ_CST);
+		uint64_t now;
+
+		if (try_exclusive(lock, last))
+			return true;
+		// The last has nobody wait for it as long as others wait, too.
+		if (!(last && __atomic_load_n(&lock->pressing, __ATOMIC_SEQ_CST)) && !announce(lock))
+			continue;
+		if (spins++ < SPINS) {
+			udd_pause();
+			continue;
+		}
+		now = deadline == UINT64_MAX ? 0 : udd_now();
+		if (deadline != UINT64_MAX && now >= deadline)
+			return false;
+
+		struct timespec left = udd_timespec(deadline - now);
+
+		__atomic_add_fetch(&lock->sleepers, 1, __ATOMIC_SEQ_CST);
+		udd_sys(SYS_futex, &lock->turn, FUTEX_WAIT_PRIVATE, turn, deadline == UINT64_MAX ? NULL : &left);
+		__atomic_sub_fetch(&lock->sleepers, 1, __ATOMIC_SEQ_CST);
+	}
 }
 
 bool udd_lock_exclusive_timed(struct udd_lock *lock, uint64_t nanoseconds)
 {
-	uint64_t deadline = 0; // not known before the first wait: mostly there is none
-	uint32_t seen = load(lock);
+	bool ret;
 
-	for (unsigned spins = 0;;) {
-		if (!(seen & (HELD | READERS))) {
-			// Other waiting writers set WAITING again in their next turn.
-			if (swap(lock, &seen, HELD))
-				return true;
-			continue;
-		}
-		if (!(seen & WAITING)) {
-			if (!swap(lock, &seen, seen | WAITING))
-				continue;
-			seen |= WAITING;
-		}
-		if (spins++ < SPINS) {
-			udd_pause();
-		} else if (nanoseconds == UINT64_MAX) {
-			wait_while(lock, seen, NULL);
-		} else {
-			uint64_t now = udd_now();
-			struct timespec left;
+	if (try_exclusive(lock, false))
+		return true;
+	__atomic_add_fetch(&lock->pressing, 1, __ATOMIC_SEQ_CST);
+	ret = wait_exclusive(lock, nanoseconds, false);
+	__atomic_sub_fetch(&lock->pressing, 1, __ATOMIC_SEQ_CST);
+	if (!ret)
+		give_up_waiting(lock);
+	return ret;
+}
 
-			if (!deadline)
-				deadline = now + nanoseconds;
-			if (now >= deadline) {
-				__atomic_and_fetch(&lock->state, ~WAITING, __ATOMIC_SEQ_CST);
-				wake_all(lock);
-				return false;
-			}
-			left = udd_timespec(deadline - now);
-			wait_while(lock, seen, &left);
-		}
-		seen = load(lock);
-	}
+bool udd_lock_exclusive_last(struct udd_lock *lock, uint64_t nanoseconds)
+{
+	bool ret = try_exclusive(lock, true) || wait_exclusive(lock, nanoseconds, true);
+
+	if (!ret)
+		give_up_waiting(lock);
+	return ret;
 }
 
 bool udd_lock_exclusive(struct udd_lock *lock, int32_t owner)
 {
-	uint32_t seen = 0;
-	bool waited = !swap(lock, &seen, HELD);
+	bool waited = !try_exclusive(lock, false);
 
 	if (waited)
 		udd_lock_exclusive_timed(lock, UINT64_MAX);
@@ -137,12 +213,21 @@ bool udd_lock_exclusive(struct udd_lock *lock, int32_t owner)
 
 void udd_unlock_exclusive(struct udd_lock *lock)
 {
+	uint64_t seen;
+	uint64_t wanted;
+
 	if (__atomic_exchange_n(&lock->owner, 0, __ATOMIC_SEQ_CST)) {
 		while (__atomic_load_n(&lock->kept, __ATOMIC_SEQ_CST))
 			udd_sys(SYS_futex, &lock->kept, FUTEX_WAIT_PRIVATE, 1, NULL);
 	}
-	__atomic_and_fetch(&lock->state, ~HELD, __ATOMIC_SEQ_CST);
-	wake_all(lock);
+	seen = load(lock);
+	do
+		wanted = admit(seen & ~HELD);
+	while (!swap(lock, &seen, wanted));
+	if ((seen ^ wanted) & PHASE)
+		wake_readers(lock);
+	// Even if readers were let in: writers that slept through our turn have to say again that they wait.
+	wake_writers(lock);
 }
 
 int32_t udd_lock_keep_owner(struct udd_lock *lock)

@@ -3,7 +3,10 @@
 // changes merged memory, or the table of merged runs, holds it exclusively. So the worker's transaction never sees a
 // mapping change under its hands, and the table is stable for everyone who holds the lock at all.
 //
-// Waiting writers go first, or a busy allocator would starve them. The fault thread passes waiting writers
+// Waiting writers go before new readers, or a busy allocator would starve them. Nor do writers starve readers, or the worker
+// would, who takes the lock again at once a thousand times: readers who had to wait are let in, all of them, by the writer
+// that gives the lock up, so that nobody waits for more than one writer after another (a "phase-fair" lock: Brandenburg and
+// Anderson, Real-Time Systems 46, 2010). Among writers the worker is last. The fault thread passes waiting writers
 // (udd_lock_shared_urgent): an application thread that holds the lock shared may be waiting for it.
 //
 // Does not block signals: hooks nest in signal handlers, which hooks.c deals with.
@@ -14,14 +17,19 @@
 #include <stdint.h>
 
 struct udd_lock {
-	uint32_t state;   // readers | UDD_LOCK_WAITING | UDD_LOCK_HELD; all zero = free
-	uint32_t waiters; // threads in futex wait on `state`, a hint that a wake is needed
-	int32_t owner;    // tid of the application thread that holds it exclusively; 0 for the agent's own threads
-	uint32_t kept;    // futex: 1 while the fault thread serves the owner, who must not give the lock up
+	uint64_t state;    // see lock.c; its lower half is a futex too, where readers sleep. All zero = free, never held
+	uint32_t turn;     // futex: changes when a writer that waits should look again
+	uint32_t sleepers; // writers asleep there
+	uint32_t pressing; // writers that wait and before whom the worker does not go
+	int32_t owner;     // tid of the application thread that holds it exclusively; 0 for the agent's own threads
+	uint32_t kept;     // futex: 1 while the fault thread serves the owner, who must not give the lock up
 };
 
-// True if it had to wait.
-bool udd_lock_shared(struct udd_lock *lock);
+// Never waits: false if there is a writer, in or waiting.
+bool udd_trylock_shared(struct udd_lock *lock);
+// Signals must be blocked, or a handler would not know whether this thread has been let in already.
+void udd_lock_shared(struct udd_lock *lock);
+// Only waits for a writer that is in.
 void udd_lock_shared_urgent(struct udd_lock *lock);
 // Urgent, but never waits: false if a writer is in.
 bool udd_trylock_shared_urgent(struct udd_lock *lock);
@@ -31,6 +39,8 @@ void udd_unlock_shared(struct udd_lock *lock);
 bool udd_lock_exclusive(struct udd_lock *lock, int32_t owner);
 // Gives up after `nanoseconds`: returns false, and nothing is held.
 bool udd_lock_exclusive_timed(struct udd_lock *lock, uint64_t nanoseconds);
+// The same, for the worker: lets every other writer go first.
+bool udd_lock_exclusive_last(struct udd_lock *lock, uint64_t nanoseconds);
 void udd_unlock_exclusive(struct udd_lock *lock);
 // The fault thread: keeps the application thread that holds the lock exclusively from giving it up, until it is let go.
 // Returns its tid; 0 if there is none, and then there is nothing to let go.

@@ -6,14 +6,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../common/uffd.h"
 #include "agent.h"
 #include "merged.h"
 #include "sys.h"
 
-// One line of /proc/self/maps.
 struct mapping {
 	uint64_t start, end;
-	uint64_t permissions; // the four characters
+	uint64_t permissions; // PROCMAP_QUERY_VMA_…
 	uint64_t inode;
 };
 
@@ -22,8 +22,19 @@ static uint64_t digit_of(char c)
 	return (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
 }
 
-// The mapping that holds `address`. False if there is none, or it can't be known.
-static bool mapping_at(int maps, uint64_t address, struct mapping *ret)
+static uint64_t permission_of(char c)
+{
+	switch (c) {
+	case 'r': return PROCMAP_QUERY_VMA_READABLE;
+	case 'w': return PROCMAP_QUERY_VMA_WRITABLE;
+	case 'x': return PROCMAP_QUERY_VMA_EXECUTABLE;
+	case 's': return PROCMAP_QUERY_VMA_SHARED;
+	default: return 0;
+	}
+}
+
+// From the lines of /proc/self/maps: their number is what this costs, so it is for old kernels only.
+static bool read_mapping_at(int maps, uint64_t address, struct mapping *ret)
 {
 	enum { START, END, PERMISSIONS, OFFSET, DEVICE, INODE, NAME } field = START;
 	char buffer[4096];
@@ -47,13 +58,31 @@ static bool mapping_at(int maps, uint64_t address, struct mapping *ret)
 			} else if (field == END) {
 				ret->end = ret->end << 4 | digit_of(c);
 			} else if (field == PERMISSIONS) {
-				ret->permissions = ret->permissions << 8 | (unsigned char)c;
+				ret->permissions |= permission_of(c);
 			} else if (field == INODE) {
 				ret->inode = ret->inode * 10 + digit_of(c);
 			}
 		}
 	}
 	return false;
+}
+
+// The mapping that holds `address`. False if there is none, or it can't be known.
+static bool mapping_at(int maps, uint64_t address, struct mapping *ret)
+{
+	struct procmap_query query = {.size = sizeof(query), .query_addr = address};
+	long error = udd_sys(SYS_ioctl, maps, PROCMAP_QUERY, &query);
+
+	// Linux before 6.11 does not know the question.
+	if (error && error != -ENOENT)
+		return read_mapping_at(maps, address, ret);
+	*ret = (struct mapping){
+		.start = query.vma_start,
+		.end = query.vma_end,
+		.permissions = query.vma_flags,
+		.inode = query.inode,
+	};
+	return !error;
 }
 
 // Was `span` one private anonymous mapping before merging cut it in pieces?
@@ -72,7 +101,7 @@ static bool once_whole(int maps, struct udd_span span)
 		bool merged = run && run->address <= at;
 
 		if (!mapping_at(maps, at, &next) || next.permissions != first.permissions ||
-		    (char)next.permissions != 'p' || (next.inode && !merged))
+		    (next.permissions & PROCMAP_QUERY_VMA_SHARED) || (next.inode && !merged))
 			return false;
 	}
 	return true;

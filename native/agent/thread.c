@@ -30,7 +30,7 @@ static long clone_thread(unsigned long flags, void *stack, void *tls, void (*bod
 	return ret;
 }
 
-int udd_thread_start(void (*body)(void *), void *argument, char *stack, void *tls, unsigned long flags)
+static int start(void (*body)(void *), void *argument, char *stack, void *tls, unsigned long flags)
 {
 	uint64_t all = ~0UL;
 	uint64_t mask;
@@ -40,9 +40,18 @@ int udd_thread_start(void (*body)(void *), void *argument, char *stack, void *tl
 	((void **)tls)[0] = tls;
 	((void **)tls)[2] = tls;
 	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, &mask, sizeof(all));
-	// Not CLONE_FS: setns() and the like need a working directory that is the caller's alone.
-	ret = clone_thread(flags | CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_SETTLS,
-			   stack + UDD_STACK_BYTES, tls, body, argument);
+	ret = clone_thread(flags | CLONE_VM | CLONE_SETTLS, stack + UDD_STACK_BYTES, tls, body, argument);
 	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof(mask));
 	return (int)ret;
+}
+
+int udd_thread_start(void (*body)(void *), void *argument, char *stack, void *tls, unsigned long flags)
+{
+	// Not CLONE_FS: setns() and the like need a working directory that is the caller's alone.
+	return start(body, argument, stack, tls, flags | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM);
+}
+
+int udd_process_probe(void (*body)(void *), char *stack, void *tls)
+{
+	return start(body, NULL, stack, tls, CLONE_VFORK);
 }

@@ -11,5 +11,8 @@ enum { UDD_STACK_BYTES = 65536 };
 // Runs body(argument) with all signals blocked, on the stack whose lowest address is given, with a zeroed page at `tls` in
 // place of libc's thread control block. `body` never returns. Returns the tid or a negative errno.
 int udd_thread_start(void (*body)(void *), void *argument, char *stack, void *tls, unsigned long flags);
+// The same in a child process that shares this one's memory; returns when it has ended, with its pid, or a negative errno. It is
+// waited for with __WALL.
+int udd_process_probe(void (*body)(void *), char *stack, void *tls);
 
 #endif

@@ -49,6 +49,7 @@
 
 enum {
 	LOCK_PATIENCE_NS = 2000000, // the worker rather comes back later than holds up the application
+	REST_NS = 500000,           // how long the worker may go on without giving way
 	VMAS_PER_RUN = 2,           // a lone merged page splits its mapping in three
 };
 
@@ -78,9 +79,26 @@ void udd_test_step(void)
 
 // ---- the worker's lock ----
 
+// When the worker last let others have its CPU.
+static uint64_t rested;
+
+// A thread that uses up its slice is made to wait in the middle of whatever it does, and with the lock held everyone waits
+// along. Who sleeps, however shortly, begins a new slice.
+static void rest(void)
+{
+	const struct timespec shortly = {.tv_nsec = 1};
+	uint64_t now = udd_now();
+
+	if (now - rested < REST_NS)
+		return;
+	udd_sys(SYS_nanosleep, &shortly, NULL);
+	rested = udd_now();
+}
+
 bool udd_worker_lock(uint64_t *started)
 {
-	if (!udd_lock_exclusive_timed(&udd_live()->lock, LOCK_PATIENCE_NS))
+	rest();
+	if (!udd_lock_exclusive_last(&udd_live()->lock, LOCK_PATIENCE_NS))
 		return false;
 	*started = udd_now();
 	udd_settle();
@@ -146,14 +164,16 @@ static unsigned stretch_end(uint64_t mask, unsigned from, unsigned to)
 }
 
 // An ioctl said EAGAIN: the kernel waits until someone reads the event of a mapping change. That is us: the fault thread
-// can't, we hold the lock.
+// can't, we hold the lock. Who made the event has to run before the ioctl can succeed. We sleep for that rather than yield:
+// in the scheduler's eyes a thread that yields has had its turn, and everyone waits for the lock until its next.
 static void read_events(struct transaction *tx)
 {
+	const struct timespec pause = {.tv_nsec = 20000};
 	uint64_t removed = udd_fault_drain(tx->base);
 
 	tx->removed |= removed;
 	if (!removed)
-		udd_sys(SYS_sched_yield);
+		udd_sys(SYS_nanosleep, &pause, NULL);
 }
 
 // A page that a fork child no longer shares is still marked as shared until the next write to it. Populating for write
@@ -180,6 +200,9 @@ static void freeze(struct transaction *tx, unsigned from, unsigned to)
 		from = done;
 		if (from == to)
 			break;
+		// Having moved some, the kernel says EAGAIN whatever stopped it.
+		if (moved)
+			continue;
 		if (error == -EAGAIN && retries++ < RETRIES) {
 			read_events(tx);
 			continue;
@@ -204,6 +227,8 @@ static void freeze(struct transaction *tx, unsigned from, unsigned to)
 // already, or learn of it here.
 static void thaw(struct transaction *tx, uint64_t mask)
 {
+	const struct timespec pause = {.tv_nsec = 1000000};
+
 	tx->frozen &= ~mask;
 	while ((mask &= ~tx->removed)) {
 		unsigned from = (unsigned)__builtin_ctzl(mask);
@@ -218,7 +243,7 @@ static void thaw(struct transaction *tx, uint64_t mask)
 		if (error == -EAGAIN) {
 			read_events(tx);
 		} else if (error == -ENOMEM) {
-			udd_sys(SYS_sched_yield);
+			udd_sys(SYS_nanosleep, &pause, NULL);
 		} else {
 			// The mapping is no longer the one we took the page from: unmapped past the hooks.
 			udd_stop_merging("memory was unmapped by a raw system call");

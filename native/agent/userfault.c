@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/ioctl.h>
 
 #include "sys.h"
@@ -38,11 +39,28 @@ void udd_uffd_unregister(struct udd_span span)
 	udd_sys(SYS_ioctl, udd_uffd(), UFFDIO_UNREGISTER, &range);
 }
 
+// The program has bound all its threads, ours too, by a seccomp filter that keeps us from waking anyone. Closing the userfaultfd
+// does: whoever waits goes on, and merged pages are the kernel's own copy-on-write from now on.
+static void give_up(void)
+{
+	static const char reason[] = "a seccomp filter forbids what the agent does";
+	// Not 0, or another would be opened. Either of our threads may come here.
+	int fd = __atomic_exchange_n(&udd_live()->uffd, -1, __ATOMIC_SEQ_CST) - 1;
+
+	if (fd < 0)
+		return;
+	memcpy(udd_agent.reason, reason, sizeof(reason));
+	udd_stop_merging(reason);
+	udd_close(fd);
+}
+
 void udd_uffd_wake(struct udd_span span)
 {
 	struct uffdio_range range = {.start = span.start, .len = span.end - span.start};
+	long ret = udd_sys(SYS_ioctl, udd_uffd(), UFFDIO_WAKE, &range);
 
-	udd_sys(SYS_ioctl, udd_uffd(), UFFDIO_WAKE, &range);
+	if (ret == -EPERM || ret == -EACCES || ret == -ENOSYS)
+		give_up();
 }
 
 static int write_protect(struct udd_span span, uint64_t mode)

@@ -587,6 +587,8 @@ void udd_worker_thread(void *argument)
 		udd_sys(SYS_exit, 0);
 	}
 	udd_sys(SYS_prctl, PR_SET_NAME, "udedup-worker");
+	// Short sleeps are to be short.
+	udd_sys(SYS_prctl, PR_SET_TIMERSLACK, 1);
 	// Nor does it keep a file system busy.
 	udd_sys(SYS_chdir, "/");
 	nap((uint64_t)(uintptr_t)argument);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Kernel interfaces that are newer than the headers of the distributions we build on: userfaultfd's MOVE, and
-// PAGEMAP_SCAN. The definitions are ours, written from Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst; a newer
-// header wins. Nothing but definitions lives here.
+// Kernel interfaces that are newer than the headers of the distributions we build on: userfaultfd's MOVE,
+// PAGEMAP_SCAN, and PROCMAP_QUERY. The definitions are ours, written from Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst
+// and Documentation/filesystems/proc.rst; a newer header wins. Nothing but definitions lives here.
 #ifndef UDD_UFFD_H
 #define UDD_UFFD_H
 
@@ -76,6 +76,34 @@ struct pm_scan_arg {
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
+#endif
+
+#ifndef PROCMAP_QUERY
+#define PROCMAP_QUERY_VMA_READABLE 0x01
+#define PROCMAP_QUERY_VMA_WRITABLE 0x02
+#define PROCMAP_QUERY_VMA_EXECUTABLE 0x04
+#define PROCMAP_QUERY_VMA_SHARED 0x08
+
+// On an open /proc/PID/maps: the mapping that holds query_addr. Fails with ENOENT if there is none.
+struct procmap_query {
+	__u64 size;
+	__u64 query_flags;
+	__u64 query_addr;
+	__u64 vma_start;
+	__u64 vma_end;
+	__u64 vma_flags;
+	__u64 vma_page_size;
+	__u64 vma_offset;
+	__u64 inode;
+	__u32 dev_major;
+	__u32 dev_minor;
+	__u32 vma_name_size;
+	__u32 build_id_size;
+	__u64 vma_name_addr;
+	__u64 build_id_addr;
+};
+
+#define PROCMAP_QUERY _IOWR('f', 17, struct procmap_query)
 #endif
 
 enum {

@@ -18,11 +18,14 @@
 
 byte fault_thread_pid;
 
-/* The map lock: struct udd_lock. `waiters` stands for WAITING, which keeps new readers out. Whoever in the C code waits for
- * a limited time waits for ever here, where that can only make the agent more likely to get stuck. */
+/* The map lock: struct udd_lock. `waiters` stands for WAITING, which keeps new readers out; those wait in `queued` until a writer
+ * gives the lock up and `phase` changes. Whoever in the C code waits for a limited time waits for ever here, where that can
+ * only make the agent more likely to get stuck. */
 bit held;
 byte readers;
 byte waiters;
+byte queued;
+bit phase;
 byte owner;    /* the application thread that holds it exclusively, + 1 */
 bit owner_kept; /* the fault thread serves the owner, who must not give the lock up meanwhile */
 
@@ -111,6 +114,16 @@ inline lock_exclusive() /* udd_lock_exclusive() */
 	atomic { !held && !readers -> held = 1; waiters-- }
 }
 
+inline unlock_exclusive() /* udd_unlock_exclusive() */
+{
+	d_step {
+		held = 0;
+		readers = readers + queued;
+		phase = phase ^ (queued != 0);
+		queued = 0
+	}
+}
+
 /* ---- the worker ---- */
 
 inline worker_lock(i) /* udd_worker_lock() */
@@ -135,7 +148,7 @@ inline worker_lock(i) /* udd_worker_lock() */
 inline worker_unlock() /* udd_worker_unlock() */
 {
 #ifndef NO_MAP_LOCK
-	held = 0;
+	unlock_exclusive();
 #endif
 	release_aside()
 }
@@ -718,7 +731,7 @@ end:	do
 #endif
 		release_aside();
 		if
-		:: exclusive -> held = 0
+		:: exclusive -> unlock_exclusive()
 		:: else -> readers--
 		fi;
 		wake_sleepers(i);

@@ -103,7 +103,10 @@ inline touch(p, writes, pins)
 inline enter() /* enter() */
 {
 #ifndef NO_MAP_LOCK
-	atomic { !held && !waiters -> readers++ };
+	if
+	:: atomic { !held && !waiters -> readers++ } /* udd_trylock_shared() */
+	:: atomic { held || waiters -> queued++; my_phase = phase }; phase != my_phase /* udd_lock_shared() */
+	fi;
 #else
 	skip;
 #endif
@@ -132,8 +135,8 @@ inline leave_exclusive() /* leave_exclusive() */
 {
 #ifndef NO_MAP_LOCK
 	owner = 0;
-	!owner_kept; /* udd_unlock_exclusive() */
-	held = 0;
+	!owner_kept;
+	unlock_exclusive();
 #endif
 	skip
 }
@@ -332,6 +335,7 @@ inline direct_read(p)
 proctype application(byte t; short may; byte on)
 {
 	byte p, hi, done;
+	bit my_phase; /* of the lock, when this thread began to wait for it */
 
 	do
 	:: done < OPERATIONS ->

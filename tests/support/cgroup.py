@@ -155,7 +155,7 @@ def memory_group(name: str, limit: int | None = None) -> Iterator[Group]:
     assert controller is not None
     memory = controller.folder / f"udedup-test-{name}"
     root = _pressure_root()
-    folders = [memory, *([] if root in (None, controller.folder) else [root / memory.name])]  # type: ignore[operator]
+    folders = [memory] if root in (None, controller.folder) else [memory, root / memory.name]
     try:
         for folder in folders:
             folder.mkdir()

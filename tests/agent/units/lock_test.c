@@ -12,13 +12,21 @@
 enum { READERS = 4, WRITERS = 2, TIMED = 2, URGENT = 1 };
 
 static const uint64_t SECOND = 1000000000;
-static const uint32_t WAITING = 1U << 30; // as in lock.c
+static const uint64_t WAITING = 1UL << 62; // as in lock.c
+static const uint64_t PHASE = (1UL << 20) - 1UL;
+static const uint64_t READER = 1UL << 20;
+static const uint64_t QUEUED = 1UL << 41;
 static const uint64_t ROUNDS = 1000; // of each writer
 
 static struct udd_lock lock;
 static uint64_t left, right; // protected by the lock, and equal whenever nobody holds it exclusively
 static atomic_uint_least64_t timed_in, timed_out;
 static atomic_bool stop;
+
+static bool is_free(void)
+{
+	return (lock.state & ~PHASE) == 0 && lock.sleepers == 0 && lock.pressing == 0 && lock.owner == 0;
+}
 
 static void write_both(void)
 {
@@ -30,8 +38,10 @@ static void write_both(void)
 static void *reader(void *urgent)
 {
 	for (uint64_t i = 0; !stop; i++) {
-		if (!urgent)
+		if (!urgent && (i % 2 || !udd_trylock_shared(&lock)))
 			udd_lock_shared(&lock);
+		else if (!urgent)
+			;
 		else if (i % 2)
 			udd_lock_shared_urgent(&lock);
 		else if (!udd_trylock_shared_urgent(&lock))
@@ -61,7 +71,7 @@ static void *timed_writer(void *unused)
 {
 	(void)unused;
 	for (uint64_t i = 0; i < ROUNDS; i++) {
-		if (!udd_lock_exclusive_timed(&lock, i % 50 * 1000)) {
+		if (!(i % 2 ? udd_lock_exclusive_timed : udd_lock_exclusive_last)(&lock, i % 50 * 1000)) {
 			timed_out++;
 			continue;
 		}
@@ -90,7 +100,7 @@ static void exclusion(void)
 	check(left == right);
 	check(left == WRITERS * ROUNDS + timed_in);
 	check(timed_in > 0);
-	check(lock.state == 0 && lock.waiters == 0 && lock.owner == 0);
+	check(is_free());
 }
 
 static atomic_int order, writer_turn, reader_turn;
@@ -107,13 +117,14 @@ static void *late_writer(void *unused)
 static void *late_reader(void *unused)
 {
 	(void)unused;
-	check(udd_lock_shared(&lock)); // had to wait
+	check(!udd_trylock_shared(&lock)); // has to wait
+	udd_lock_shared(&lock);
 	reader_turn = ++order;
 	udd_unlock_shared(&lock);
 	return NULL;
 }
 
-static void await_state(uint32_t bits)
+static void await_state(uint64_t bits)
 {
 	uint64_t deadline = udd_now() + 30 * SECOND;
 
@@ -123,11 +134,11 @@ static void await_state(uint32_t bits)
 	}
 }
 
-static void await_sleepers(uint32_t count)
+static void await_sleeper(void)
 {
 	uint64_t deadline = udd_now() + 30 * SECOND;
 
-	while (__atomic_load_n(&lock.waiters, __ATOMIC_SEQ_CST) < count) {
+	while (!__atomic_load_n(&lock.sleepers, __ATOMIC_SEQ_CST)) {
 		check(udd_now() < deadline);
 		sched_yield();
 	}
@@ -137,11 +148,12 @@ static void waiting_writer_goes_first(void)
 {
 	pthread_t write, read;
 
-	check(!udd_lock_shared(&lock)); // need not wait
+	check(udd_trylock_shared(&lock)); // need not wait
 	check(!pthread_create(&write, NULL, late_writer, NULL));
 	await_state(WAITING);
 	check(!pthread_create(&read, NULL, late_reader, NULL));
-	await_sleepers(2);
+	await_state(WAITING | QUEUED);
+	await_sleeper();
 	// Both wait, yet whoever is urgent passes them.
 	udd_lock_shared_urgent(&lock);
 	check(udd_trylock_shared_urgent(&lock));
@@ -153,7 +165,7 @@ static void waiting_writer_goes_first(void)
 	check(!pthread_join(write, NULL));
 	check(!pthread_join(read, NULL));
 	check(writer_turn == 1 && reader_turn == 2);
-	check(lock.state == 0);
+	check(is_free());
 }
 
 static void giving_up(void)
@@ -165,19 +177,19 @@ static void giving_up(void)
 	check(!udd_lock_exclusive_timed(&lock, SECOND / 50));
 	check(udd_now() - started >= SECOND / 50 && udd_now() - started < 20 * SECOND);
 	// Nobody waits any more, so readers come in without waiting.
-	check(lock.state == 1);
-	check(!udd_lock_shared(&lock));
+	check((lock.state & ~PHASE) == READER);
+	check(udd_trylock_shared(&lock));
 	udd_unlock_shared(&lock);
 	// One that gives up must not make another forget that it waits.
 	writer_turn = 0;
 	check(!pthread_create(&write, NULL, late_writer, NULL));
-	await_sleepers(1);
+	await_sleeper();
 	check(!udd_lock_exclusive_timed(&lock, SECOND / 50));
 	await_state(WAITING);
 	check(writer_turn == 0);
 	udd_unlock_shared(&lock);
 	check(!pthread_join(write, NULL));
-	check(writer_turn > 0 && lock.state == 0);
+	check(writer_turn > 0 && is_free());
 }
 
 static void owner(void)
@@ -194,7 +206,7 @@ static void owner(void)
 	udd_unlock_exclusive(&lock);
 	check(udd_trylock_shared_urgent(&lock));
 	udd_unlock_shared(&lock);
-	check(lock.state == 0);
+	check(is_free());
 }
 
 static void *give_up(void *argument)
@@ -227,7 +239,74 @@ static void owner_is_kept(void)
 	}
 	udd_lock_let_go_owner(&lock);
 	check(!pthread_join(thread, NULL));
-	check(order == 2 && lock.state == 0 && lock.owner == 0);
+	check(order == 2 && is_free());
+}
+
+static atomic_int inside;
+
+static void *patient_reader(void *unused)
+{
+	(void)unused;
+	udd_lock_shared(&lock);
+	inside++;
+	while (inside < READERS)
+		sched_yield();
+	udd_unlock_shared(&lock);
+	return NULL;
+}
+
+// Whoever takes the lock again and again lets everyone in who waited, before it gets it the next time.
+static void readers_are_not_starved(void)
+{
+	pthread_t readers[READERS];
+
+	check(!udd_lock_exclusive(&lock, 0));
+	for (int i = 0; i < READERS; i++)
+		check(!pthread_create(&readers[i], NULL, patient_reader, NULL));
+	while ((__atomic_load_n(&lock.state, __ATOMIC_SEQ_CST) & ~(PHASE | WAITING)) / QUEUED % (1UL << 21) < READERS)
+		sched_yield();
+	udd_unlock_exclusive(&lock);
+	check(udd_lock_exclusive_last(&lock, 30 * SECOND));
+	check(inside == READERS);
+	udd_unlock_exclusive(&lock);
+	for (int i = 0; i < READERS; i++)
+		check(!pthread_join(readers[i], NULL));
+	check(is_free());
+}
+
+static void the_worker_is_last(void)
+{
+	pthread_t write;
+
+	order = writer_turn = 0;
+	udd_lock_shared(&lock);
+	check(!pthread_create(&write, NULL, late_writer, NULL));
+	await_sleeper();
+	check(!udd_lock_exclusive_last(&lock, SECOND / 50));
+	await_state(WAITING);
+	udd_unlock_shared(&lock);
+	check(udd_lock_exclusive_last(&lock, 30 * SECOND));
+	check(writer_turn == 1);
+	udd_unlock_exclusive(&lock);
+	check(!pthread_join(write, NULL));
+	check(is_free());
+}
+
+// Someone who only tries must not keep readers out when it gives up.
+static void giving_up_lets_readers_in(void)
+{
+	pthread_t read;
+
+	order = reader_turn = 0;
+	udd_lock_shared(&lock);
+	__atomic_or_fetch(&lock.state, WAITING, __ATOMIC_SEQ_CST);
+	check(!pthread_create(&read, NULL, late_reader, NULL));
+	await_state(QUEUED);
+	check(!udd_lock_exclusive_timed(&lock, SECOND / 50));
+	check(!pthread_join(read, NULL));
+	check(reader_turn == 1);
+	udd_unlock_shared(&lock);
+	check(is_free());
 }
 
 int main(void)
@@ -237,6 +316,9 @@ int main(void)
 	giving_up();
 	order = writer_turn = reader_turn = 0;
 	waiting_writer_goes_first();
+	readers_are_not_starved();
+	the_worker_is_last();
+	giving_up_lets_readers_in();
 	exclusion();
 	return 0;
 }

@@ -2,6 +2,7 @@
 // The comparison with the oracle, and the report on the first wrong byte.
 //
 // Reports are made without stdio and without the heap: they also come from fork children of a multi-threaded program.
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -10,12 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "torture.h"
 
-enum { LINE = 1024 };
+enum { LINE = 2048 };
 
 static _Atomic(bool) *reporting; // in oracle memory: one report per family
 
@@ -175,7 +177,7 @@ void fail(const struct region *r, const void *address, const char *format, ...)
 
 static void say_task(pid_t tid, const char *what)
 {
-	char path[64], text[512];
+	char path[64], text[LINE - 64];
 
 	snprintf(path, sizeof(path), "/proc/self/task/%d/%s", (int)tid, what);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -192,6 +194,39 @@ static void say_task(pid_t tid, const char *what)
 		if (*c == '\n')
 			*c = ' ';
 	say("      %s: %s", what, text);
+}
+
+// Every thread of the process, those included that it knows nothing of.
+static void say_threads(void)
+{
+	char buffer[4096];
+	long got;
+	int fd = open("/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	while (fd >= 0 && (got = syscall(SYS_getdents64, fd, buffer, sizeof(buffer))) > 0) {
+		for (const struct dirent64 *entry = (void *)buffer; (char *)entry < buffer + got;
+		     entry = (void *)((char *)entry + entry->d_reclen)) {
+			pid_t tid = atoi(entry->d_name);
+
+			if (tid <= 0)
+				continue;
+			say("    thread %d", (int)tid);
+			say_task(tid, "comm");
+			say_task(tid, "stat");
+			say_task(tid, "schedstat");
+			say_task(tid, "syscall");
+			say_task(tid, "stack");
+		}
+	}
+	if (fd >= 0)
+		close(fd);
+}
+
+void say_slow(const struct worker *w)
+{
+	say("torture: SLOW: thread %u (tid %d), process %d: %s for %.3f s at %p", w->id, (int)w->tid, (int)getpid(), operations[w->doing].name,
+	    (double)(now() - w->since) / 1e9, (void *)w->where);
+	say_threads();
 }
 
 void hang(const char *format, ...)

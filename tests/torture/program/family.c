@@ -44,13 +44,8 @@ static void absorb(struct worker *w, const struct worker *child)
 	w->verified += child->verified;
 	w->skipped += child->skipped;
 	w->children += child->children;
-	for (unsigned int i = 0; i < operation_count; i++) {
-		w->times[i].count += child->times[i].count;
-		if (child->times[i].max > w->times[i].max)
-			w->times[i].max = child->times[i].max;
-		for (unsigned int j = 0; j < BUCKETS; j++)
-			w->times[i].buckets[j] += child->times[i].buckets[j];
-	}
+	for (unsigned int i = 0; i < operation_count; i++)
+		add_costs(&w->costs[i], &child->costs[i]);
 }
 
 static bool reap_slot(struct worker *w, struct slot *slot)
@@ -175,7 +170,7 @@ void op_fork(struct worker *w, struct region *r)
 	copy->io = NULL;
 	copy->deadline = now();
 	copy->verified = copy->skipped = copy->children = 0;
-	memset(copy->times, 0, sizeof(copy->times));
+	memset(copy->costs, 0, sizeof(copy->costs));
 	for (unsigned int i = 0; i < w->region_count; i++) {
 		copy->regions[i].oracle = slot->oracle + (w->regions[i].oracle - w->regions[0].oracle);
 		copy->regions[i].maybe = slot->oracle + (w->regions[i].maybe - w->regions[0].oracle);

@@ -19,6 +19,7 @@
 #include "torture.h"
 
 static const uint64_t second = 1000000000;
+static const uint64_t millisecond = 1000000;
 static const size_t shared_size = (size_t)8 << 30; // address space and file size, not memory
 
 struct options options = {.seconds = 10, .threads = 8, .hang = 20, .directory = "."};
@@ -37,15 +38,41 @@ uint64_t now(void)
 	return (uint64_t)time.tv_sec * second + (uint64_t)time.tv_nsec - start;
 }
 
+// Of the calling thread, without libc: its read() is what a program under test may be slow in.
+struct cpu_times cpu_times(void)
+{
+	char text[96];
+	struct cpu_times ret = {0};
+	long fd = syscall(SYS_openat, AT_FDCWD, "/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+	long got = fd < 0 ? -1 : syscall(SYS_read, fd, text, sizeof(text) - 1);
+
+	if (fd >= 0)
+		syscall(SYS_close, fd);
+	if (got <= 0)
+		return ret;
+	text[got] = 0;
+	char *end;
+
+	ret.ran = strtoull(text, &end, 10);
+	ret.queued = strtoull(end, NULL, 10);
+	return ret;
+}
+
 // A sleep on purpose: not counted as time of the operation.
 void nap(struct worker *w, uint64_t ns)
 {
 	struct timespec time = {(time_t)(ns / second), (long)(ns % second)};
+	struct cpu_times cpu_before = cpu_times();
 	uint64_t before = now();
 
 	nanosleep(&time, NULL);
-	w->since += now() - before;
-	w->napped += now() - before;
+	uint64_t took = now() - before;
+	struct cpu_times cpu = cpu_times();
+
+	w->since += took;
+	w->napped += took;
+	w->napped_cpu.ran += cpu.ran - cpu_before.ran;
+	w->napped_cpu.queued += cpu.queued - cpu_before.queued;
 }
 
 bool stopping(const struct worker *w)
@@ -102,10 +129,11 @@ static void *worker_thread(void *worker)
 
 static void watch(void)
 {
+	uint64_t *reported = shared_allocate(worker_count * sizeof(*reported)); // beginning of each worker's last slow operation
 	bool all;
 
 	do {
-		struct timespec pause = {.tv_nsec = 100000000};
+		struct timespec pause = {.tv_nsec = options.slow ? 20000000 : 100000000};
 
 		nanosleep(&pause, NULL);
 		all = true;
@@ -116,6 +144,10 @@ static void watch(void)
 			all &= w->done;
 			if (!w->done && time > since && time - since > options.hang * second)
 				hang("torture: HANG: thread %u (tid %d) made no progress for %u s", i, (int)w->tid, options.hang);
+			if (options.slow && w->doing && time > since && time - since > options.slow * millisecond && since != reported[i]) {
+				reported[i] = since;
+				say_slow(w);
+			}
 		}
 	} while (!all);
 }
@@ -140,9 +172,41 @@ static uint64_t percentile(const struct times *times, double share)
 	return times->max;
 }
 
+void add_times(struct times *sum, const struct times *times)
+{
+	sum->count += times->count;
+	if (times->max > sum->max)
+		sum->max = times->max;
+	for (unsigned int i = 0; i < BUCKETS; i++)
+		sum->buckets[i] += times->buckets[i];
+}
+
+void add_costs(struct costs *sum, const struct costs *costs)
+{
+	add_times(&sum->whole, &costs->whole);
+	add_times(&sum->asleep, &costs->asleep);
+	add_times(&sum->ran, &costs->ran);
+}
+
+// A histogram as JSON: counts by the upper end of their bucket in microseconds.
+static void print_times(const char *name, const struct times *times)
+{
+	const char *separator = "";
+
+	printf("\"%s\": {\"p9999_us\": %.1f, \"max_us\": %.1f, \"histogram\": {", name, (double)percentile(times, 0.9999) / 1e3,
+	       (double)times->max / 1e3);
+	for (unsigned int i = 0; i < BUCKETS; i++) {
+		if (!times->buckets[i])
+			continue;
+		printf("%s\"%.3f\": %" PRIu32, separator, (double)bucket_end(i) / 1e3, times->buckets[i]);
+		separator = ", ";
+	}
+	printf("}}");
+}
+
 static void print_result(void)
 {
-	static struct times sum[OPERATIONS];
+	static struct costs sum[OPERATIONS];
 	uint64_t verified = 0, skipped = 0, children = 0, all = 0;
 
 	for (unsigned int i = 0; i < worker_count; i++) {
@@ -152,21 +216,23 @@ static void print_result(void)
 		skipped += w->skipped;
 		children += w->children;
 		for (unsigned int j = 0; j < operation_count; j++) {
-			sum[j].count += w->times[j].count;
-			all += w->times[j].count;
-			if (w->times[j].max > sum[j].max)
-				sum[j].max = w->times[j].max;
-			for (unsigned int k = 0; k < BUCKETS; k++)
-				sum[j].buckets[k] += w->times[j].buckets[k];
+			add_costs(&sum[j], &w->costs[j]);
+			all += w->costs[j].whole.count;
 		}
 	}
 	printf("{\"seed\": %" PRIu64 ", \"seconds\": %.3f, \"threads\": %u, \"raw\": %s, \"operations\": %" PRIu64
 	       ", \"verified_pages\": %" PRIu64 ", \"children\": %" PRIu64 ", \"skipped\": %" PRIu64 ", \"by_kind\": {",
 	       options.seed, (double)now() / 1e9, options.threads, options.raw ? "true" : "false", all, verified, children,
 	       skipped);
-	for (unsigned int i = 1; i < operation_count; i++)
-		printf("%s\"%s\": {\"count\": %" PRIu64 ", \"p9999_us\": %.1f, \"max_us\": %.1f}", i == 1 ? "" : ", ",
-		       operations[i].name, sum[i].count, (double)percentile(&sum[i], 0.9999) / 1e3, (double)sum[i].max / 1e3);
+	for (unsigned int i = 1; i < operation_count; i++) {
+		printf("%s\"%s\": {\"count\": %" PRIu64 ", ", i == 1 ? "" : ", ", operations[i].name, sum[i].whole.count);
+		print_times("whole", &sum[i].whole);
+		printf(", ");
+		print_times("asleep", &sum[i].asleep);
+		printf(", ");
+		print_times("ran", &sum[i].ran);
+		printf("}");
+	}
 	printf("}}\n");
 	if (fflush(stdout))
 		setup_error("standard output");
@@ -274,7 +340,8 @@ static int write_data(const char *path)
 }
 
 static const char usage[] =
-	"usage: torture [--seed N] [--seconds N] [--threads N] [--hang SECONDS] [--raw] [--directory DIR] [--image FILE]\n"
+	"usage: torture [--seed N] [--seconds N] [--threads N] [--hang SECONDS] [--slow MS] [--raw] [--directory DIR]\n"
+	"               [--image FILE]\n"
 	"       torture --write-data FILE     write what an image given with --image must contain\n"
 	"       torture --self-test           check that every kind of fault is noticed\n"
 	"       torture --sabotage KIND …     run with one kind of fault\n"
@@ -311,7 +378,8 @@ int main(int argc, char **argv)
 		{"raw", no_argument, NULL, 'r'},             {"directory", required_argument, NULL, 'd'},
 		{"image", required_argument, NULL, 'i'},     {"write-data", required_argument, NULL, 'w'},
 		{"self-test", no_argument, NULL, 'T'},       {"sabotage", required_argument, NULL, 'S'},
-		{"exit", required_argument, NULL, 'e'},      {NULL, 0, NULL, 0},
+		{"exit", required_argument, NULL, 'e'},      {"slow", required_argument, NULL, 'l'},
+		{NULL, 0, NULL, 0},
 	};
 	const char *data_path = NULL;
 	bool test = false;
@@ -328,6 +396,7 @@ int main(int argc, char **argv)
 		case 't': options.seconds = (unsigned int)number(optarg, 1, 1000000); break;
 		case 'n': options.threads = (unsigned int)number(optarg, 1, 64); break;
 		case 'h': options.hang = (unsigned int)number(optarg, 4, 3600); break;
+		case 'l': options.slow = (unsigned int)number(optarg, 1, 100000); break;
 		case 'r': options.raw = true; break;
 		case 'd': options.directory = optarg; break;
 		case 'i': options.image = optarg; break;

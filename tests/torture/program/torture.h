@@ -106,6 +106,19 @@ struct times {
 	uint32_t buckets[BUCKETS];
 };
 
+// What the scheduler knows of a thread: all that is neither is time asleep, waiting for somebody.
+struct cpu_times {
+	uint64_t ran;    // ns on a CPU
+	uint64_t queued; // ns ready, but without one
+};
+
+// What operations of one kind took, sleeps on purpose excepted.
+struct costs {
+	struct times whole;
+	struct times asleep; // of that, waiting for somebody: a lock, a fault, a device, a child
+	struct times ran;
+};
+
 struct slot;
 struct io;
 
@@ -126,10 +139,11 @@ struct worker {
 	_Atomic(uintptr_t) where;    // address it works on
 	_Atomic(bool) done;
 	uint64_t napped;   // ns asleep on purpose during the present operation
+	struct cpu_times napped_cpu; // of that, not asleep
 	uint64_t verified; // pages
 	uint64_t skipped;  // operations that the system refused for lack of something (image gone …)
 	uint64_t children; // forks
-	struct times times[OPERATIONS];
+	struct costs costs[OPERATIONS];
 	sigjmp_buf landing; // where an expected SIGSEGV continues
 	volatile sig_atomic_t expecting;
 	void *volatile fault_address;
@@ -166,6 +180,7 @@ struct options {
 	unsigned int seconds;
 	unsigned int threads;
 	unsigned int hang; // seconds without progress
+	unsigned int slow; // ms after which an operation is reported while it lasts; 0: never
 	bool raw;
 	enum sabotage sabotage;
 	const char *image;     // a file with the data file's content, or null
@@ -188,6 +203,8 @@ struct span {
 // main.c
 uint64_t now(void);
 void nap(struct worker *w, uint64_t ns);
+struct cpu_times cpu_times(void);
+void add_costs(struct costs *sum, const struct costs *costs);
 void *shared_allocate(size_t size);
 bool stopping(const struct worker *w);
 
@@ -205,6 +222,7 @@ _Noreturn void fail(const struct region *r, const void *address, const char *for
 	__attribute__((format(printf, 3, 4)));
 _Noreturn void hang(const char *format, ...) __attribute__((format(printf, 1, 2)));
 _Noreturn void setup_error(const char *what);
+void say_slow(const struct worker *w);
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void check_bytes(const struct region *r, const unsigned char *got, const unsigned char *want, size_t size, const char *what);
 void check_span(struct worker *w, struct region *r, struct span span);

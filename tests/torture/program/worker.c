@@ -114,13 +114,21 @@ void perform(struct worker *w, const struct operation *operation, struct region 
 	if (r)
 		region_prepare(w, r, operation);
 	w->napped = 0;
+	w->napped_cpu = (struct cpu_times){0};
+	struct cpu_times cpu_start = cpu_times();
 	uint64_t start = now();
 
 	w->since = start;
 	operation->run(w, r);
 	uint64_t end = now();
 
-	record(&w->times[index], end - start - w->napped);
+	struct cpu_times cpu = cpu_times();
+	uint64_t whole = end - start - w->napped, ran = cpu.ran - cpu_start.ran - w->napped_cpu.ran;
+	uint64_t awake = ran + (cpu.queued - cpu_start.queued - w->napped_cpu.queued);
+
+	record(&w->costs[index].whole, whole);
+	record(&w->costs[index].asleep, whole > awake ? whole - awake : 0);
+	record(&w->costs[index].ran, ran);
 	w->doing = 0;
 	w->since = end;
 }
