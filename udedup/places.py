@@ -1,10 +1,14 @@
-"""Where engines listen. Standard library only, so that commands start fast."""
+"""Where engines listen and keep things. Standard library only, so that commands start fast."""
 
 import os
 from pathlib import Path
 
 SYSTEM_SOCKET = Path("/run/udedup.sock")
 """Where root's engine listens."""
+
+
+SYSTEM_STATE = Path("/var/lib/udedup")
+"""Where root's engine keeps things."""
 
 
 def default_socket() -> Path:
@@ -22,3 +26,17 @@ def engine_socket() -> Path:
     """Returns where to look for a running engine: this user's own, else root's if there is one."""
     own = default_socket()
     return own if own.exists() or not SYSTEM_SOCKET.exists() else SYSTEM_SOCKET
+
+
+def state_directory() -> Path:
+    """Returns where an engine of this user keeps things: what systemd gives, else root's place or the user's own."""
+    given = os.environ.get("STATE_DIRECTORY")
+    if given:
+        # There are several if the unit names several.
+        return Path(given.partition(":")[0])
+    if os.geteuid() == 0:
+        return SYSTEM_STATE
+    home = os.environ.get("XDG_STATE_HOME")
+    # Relative ones are to be ignored, by the specification.
+    base = Path(home) if home and os.path.isabs(home) else Path("~/.local/state").expanduser()  # noqa: PTH117
+    return base / "udedup"

@@ -11,6 +11,7 @@ from udedup.commands.host import require_host
 from udedup.commands.options import (
     add_advisor_options,
     add_image_options,
+    add_state_option,
     allowed_domain,
     count,
     group,
@@ -74,6 +75,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="let images have their backing files, data files and parents below DIR too, not only below the directory"
         " they are in themselves; may be repeated",
     )
+    add_state_option(parser)
     parser.add_argument(
         "--allow-other",
         action=argparse.BooleanOptionalAction,
@@ -193,6 +195,7 @@ def run(args: argparse.Namespace) -> int:
         image_format=args.image_format,
         secret_file=None if args.secret_file is None else args.secret_file.absolute(),
         allow_backing=tuple(directory.absolute() for directory in args.allow_backing),
+        state_dir=args.state_dir.absolute(),
         policy=args.policy,
         pages_to_scan=args.pages_to_scan,
         sleep_millisecs=args.sleep_millisecs,

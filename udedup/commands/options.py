@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from udedup.labels import LABEL_BYTES_MAX, RESERVED
-from udedup.places import engine_socket
+from udedup.places import engine_socket, state_directory
 from udedup.vdi.formats import FORMATS
 
 
@@ -65,6 +65,17 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--secret-file", type=Path, metavar="FILE", help="the passphrase of encrypted images, without a newline"
+    )
+
+
+def add_state_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--state-dir DIR``."""
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=state_directory(),
+        metavar="DIR",
+        help="where clones are kept (default: $STATE_DIRECTORY, else %(default)s)",
     )
 
 

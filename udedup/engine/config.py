@@ -41,6 +41,9 @@ class EngineConfig:
     allow_backing: tuple[Path, ...] = ()
     """Directories in which images may have backing files, data files and parents, besides their own."""
 
+    state_dir: Path | None = None
+    """Directory in which clones are kept; None: there are none."""
+
     allow_other: bool = False
     """Whether other users may read from the mount."""
 

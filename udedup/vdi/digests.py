@@ -11,6 +11,8 @@ from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ign
 
 BLOCK_BYTES: Final = 4096
 DIGEST_BYTES: Final = 16
+DROPPED_MAX: Final = 1 << 20
+"""Blocks whose digests are dropped one by one: 4 GiB of the disk."""
 # <asm-generic/mman.h>; Python's mmap module has it from 3.13 on.
 MAP_NORESERVE: Final = 0x4000
 
@@ -42,6 +44,16 @@ class DigestTable:
     def compute(self, first: int, count: int, data: bytes | memoryview, skip: int) -> None:
         """Digests ``count`` blocks found in ``data`` from byte ``skip`` on and enters them from block ``first`` on."""
         lib.udd_digest_pages(ffi.from_buffer(data) + skip, count, self._address + 2 * first)
+
+    def drop(self, first: int, count: int) -> None:
+        """Forgets the digests of blocks [first, first + count), which have been written or discarded.
+
+        If they are very many, all are forgotten: that touches no memory.
+        """
+        if count > DROPPED_MAX:
+            self.clear()
+            return
+        self._words[2 * first : 2 * (first + count)] = memoryview(bytes(count * DIGEST_BYTES)).cast("Q")
 
     def clear(self) -> None:
         """Forgets all digests and gives the memory back."""

@@ -1,4 +1,6 @@
-"""The FUSE file system: one flat read-only directory of disk images, served in the caller's trio loop.
+"""The FUSE file system: one flat directory of disk images, served in the caller's trio loop.
+
+Images are read-only; clones can be written, in place.
 
 What is read from an image is digested on its way, and the reader's process is told to ``on_read``: the content hint.
 A read is answered from the loop's own thread if the image file's data is in the page cache (one preadv2 that refuses
@@ -22,8 +24,10 @@ import trio
 
 from udedup.errors import UdedupError
 from udedup.vdi import mountpoint as mountpoints
+from udedup.vdi.clone import Clone
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
+from udedup.vdi.fixed import FixedDirectory, refuse
 from udedup.vdi.holders import name_holders
 from udedup.vdi.images import NAME_BYTES_MAX, Image, Images
 
@@ -39,6 +43,8 @@ ENTRY_SECONDS: Final = 3600.0
 ATTRIBUTE_SECONDS: Final = 1.0
 # How often the files of images that have been read are examined for changes.
 EXAMINE_SECONDS: Final = 1.0
+# How long a write may stay in memory if nobody asks for it to be on the disk.
+SETTLE_SECONDS: Final = 5.0
 # Reads that wait for disks at the same time; apart from trio's own limit, so that they can't use up the threads of the
 # rest of the engine.
 DISK_THREADS: Final = 16
@@ -56,7 +62,7 @@ class Handle:
     """Process that opened it; those it has forked share it. 0 if unknown."""
 
 
-class ImageFilesystem(pyfuse3.Operations):
+class ImageFilesystem(FixedDirectory):
     """Answers the kernel's requests. Handlers raise FUSEError only; what else they raise ends the mount."""
 
     def __init__(self, images: Images, on_read: OnRead, *, allow_other: bool) -> None:
@@ -129,8 +135,8 @@ class ImageFilesystem(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         image = self._image(inode)
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise pyfuse3.FUSEError(errno.EROFS)
+        if (flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC) and not isinstance(image, Clone):
+            refuse()
         handle = Handle(image, process_of(ctx.pid))
         # Counts from now on: while it is examined nobody may take it out of the mount.
         image.openers[handle.pid] += 1
@@ -144,7 +150,7 @@ class ImageFilesystem(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=number, keep_cache=True)
 
     async def flush(self, fh: int) -> None:
-        """Nothing is ever written: with this answer the kernel stops asking, which saves a request per close."""
+        """Closing a file brings nothing to the disk: with this answer the kernel stops asking at each close."""
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
@@ -180,6 +186,55 @@ class ImageFilesystem(pyfuse3.Operations):
                 self._on_read(image, first, count, handle.pid)
         return data
 
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """All of ``buf``, less only at the end of the disk, where there is no room, as on a disk."""
+        clone = self._clone(self.handles[fh].image)
+        data = buf[: max(clone.size - off, 0)]
+        if not data:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        with answering(clone):
+            await clone.write(off, data, self._limiter)
+        return len(data)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        image = self.handles[fh].image
+        if isinstance(image, Clone):
+            with answering(image):
+                await image.settle(self._limiter)
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """A disk keeps its size, and all else is that of its file."""
+        if inode == pyfuse3.ROOT_INODE:
+            refuse()
+        clone = self._clone(self._image(inode))
+        kept = fields.update_size and attr.st_size == clone.size
+        if not kept or fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return self._attributes(clone)
+
+    async def settle(self) -> None:
+        """Until cancelled: brings what was written to clones to the disk, should nobody ask for it."""
+        while True:
+            await trio.sleep(SETTLE_SECONDS)
+            for image in self._images:
+                if isinstance(image, Clone) and image.unsettled:
+                    try:
+                        await image.settle(self._limiter)
+                    except OSError as error:
+                        image.errno_of(error)
+
+    def _clone(self, image: Image) -> Clone:
+        if not isinstance(image, Clone):
+            refuse()
+        return image
+
     async def _examine(self, image: Image) -> None:
         try:
             stamp = await trio.to_thread.run_sync(image.examine, abandon_on_cancel=True, limiter=self._limiter)
@@ -207,7 +262,8 @@ class ImageFilesystem(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = image.inode
         # Other users may read what they may read of the file itself, if they are let in at all.
-        entry.st_mode = stat.S_IFREG | (image.mode & 0o444 if self._allow_other else 0o400)
+        most = 0o666 if isinstance(image, Clone) else 0o444
+        entry.st_mode = stat.S_IFREG | (image.mode if self._allow_other else 0o600) & most
         entry.st_uid, entry.st_gid = image.owner if self._allow_other else (os.geteuid(), os.getegid())
         entry.st_size = image.size
         entry.st_blocks = -(-image.size // 512)
@@ -220,6 +276,15 @@ def fail(image: Image, error: OSError) -> NoReturn:
     """Answers a read that failed, EIO whatever the cause, as a disk would."""
     image.report("read", f"can't be read: {error.strerror}; its readers get EIO")
     raise pyfuse3.FUSEError(errno.EIO) from error
+
+
+@contextmanager
+def answering(clone: Clone) -> Iterator[None]:
+    """Answers a change of ``clone`` that fails in the body."""
+    try:
+        yield
+    except OSError as error:
+        raise pyfuse3.FUSEError(clone.errno_of(error)) from error
 
 
 def process_of(task: int) -> int:
@@ -252,7 +317,7 @@ def session(directory: Path, filesystem: ImageFilesystem, *, allow_other: bool) 
     """
     if pyfuse3.trio_token is not None:
         raise UdedupError(f"mount point {directory}: this process has a mount already, and pyfuse3 allows one")
-    options = {"default_permissions", "ro", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
+    options = {"default_permissions", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
     before = fuse_descriptors()
     try:
         pyfuse3.init(filesystem, str(directory), options | {"allow_other"} if allow_other else options)
@@ -303,6 +368,7 @@ async def serve(
     with session(directory, filesystem, allow_other=allow_other) as descriptor, fast_poll(descriptor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(filesystem.watch)
+            nursery.start_soon(filesystem.settle)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
             try:
@@ -330,6 +396,13 @@ async def withdraw(images: Images, image: Image, on_removed: Callable[[], None])
         raise UdedupError(f"image {image.name}: is in use by {holders}; end that first")
     if image.inode not in images.by_inode:
         raise UdedupError(f"image {image.name}: is not in the mount any more")
+    if isinstance(image, Clone):
+        try:
+            await image.settle()
+        except OSError as error:
+            raise UdedupError(f"clone {image.name}: can't be brought to the disk: {error.strerror}") from error
+        if image.openers or image.inode not in images.by_inode:
+            raise UdedupError(f"image {image.name}: was opened or taken out meanwhile; try again")
     images.remove(image)
     on_removed()
     if device is not None:

@@ -1,4 +1,4 @@
-"""Disk images as the mount shows them: raw, read-only, whatever their format.
+"""Disk images as the mount shows them: raw, read-only unless they are clones, whatever their format.
 
 An image keeps the size it had when it was added, whatever becomes of its files: a guest's disk doesn't change its
 size. Reads beyond what a file has left fail with EIO. The descriptors stay open, so an image that is renamed,
@@ -11,9 +11,9 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 import trio
@@ -92,6 +92,11 @@ class Image:
         return self._stamp.mtime_ns
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of all files it is read from, itself first."""
+        return tuple(file.path for file in self._files)
+
+    @property
     def owner(self) -> tuple[int, int]:
         """User and group of the file."""
         status = self._files[0].status
@@ -132,10 +137,24 @@ class Image:
             self._table.compute(first, count, data, first * BLOCK_BYTES - offset)
         return first, count
 
+    def written(self, offset: int, length: int) -> None:
+        """Bytes [offset, offset + length) have changed: what was known of their content is forgotten.
+
+        Called when the change is complete, so that who was reading meanwhile can't bring it back.
+        """
+        self.generation += 1
+        self.drop_digests(offset, length)
+
+    def drop_digests(self, offset: int, length: int) -> None:
+        """Forgets the digests of all blocks that have a part in [offset, offset + length): written, or discarded."""
+        first = offset // BLOCK_BYTES
+        count = min(-(-(offset + length) // BLOCK_BYTES), self.size // BLOCK_BYTES) - first
+        if count > 0:
+            self._table.drop(first, count)
+
     def examine(self) -> Stamp:
         """Looks at the files and at their paths; may wait for the disk."""
-        stamps = [examine_file(file) for file in self._files]
-        return Stamp(tuple(stamp for stamp, _ in stamps), all(in_place for _, in_place in stamps))
+        return stamp_of(self._files)
 
     def update(self, stamp: Stamp) -> None:
         """Drops the digests and what is known of the map if a file is no longer what it was; warns the first time.
@@ -170,6 +189,12 @@ class Image:
         self._layer.close()
 
 
+def stamp_of(files: Iterable[RawFile]) -> Stamp:
+    """What some files are like now."""
+    stamps = [examine_file(file) for file in files]
+    return Stamp(tuple(stamp for stamp, _ in stamps), all(in_place for _, in_place in stamps))
+
+
 def examine_file(file: RawFile) -> tuple[FileStamp, bool]:
     """What a file is like now, and whether it is still at its path."""
     status = os.fstat(file.descriptor)
@@ -178,6 +203,9 @@ def examine_file(file: RawFile) -> tuple[FileStamp, bool]:
     except OSError:
         in_place = False
     return FileStamp(file_size(file.descriptor, status), status.st_mtime_ns), in_place
+
+
+AnyImage = TypeVar("AnyImage", bound=Image)
 
 
 class Images:
@@ -215,12 +243,15 @@ class Images:
             if name is None:
                 name = shown_name(path, opened.format)
                 check_name(name, path)
-            return self._admit(name, path, opened)
+            return self.admit(name, path, opened, Image)
         except BaseException:
             opened.layer.close()
             raise
 
-    def _admit(self, name: str, path: Path, opened: Opened) -> Image:
+    def admit(
+        self, name: str, path: Path, opened: Opened, kind: Callable[[str, Path, int, Opened], AnyImage]
+    ) -> AnyImage:
+        """Shows what was opened at ``path`` as ``name``, as the ``kind`` of image it is. Raises UdedupError."""
         for file in opened.files:
             if file.status.st_dev == self.mount_device:
                 what = "is" if file.path == path else f"rests on {file.path}, which is"
@@ -230,7 +261,7 @@ class Images:
                 other = self.by_name[name].path
                 raise UdedupError(f"image {path}: the name {name!r} is taken by {other}; choose another with NAME=PATH")
             try:
-                image = Image(name, path, next(self._inodes), opened)
+                image = kind(name, path, next(self._inodes), opened)
             except OSError as error:
                 raise UdedupError(f"image {path}: no room for its digests: {error.strerror}") from error
             self.by_inode[image.inode] = image
