@@ -245,7 +245,8 @@ class Overlay(Qcow2):
         self._parts = SUBCLUSTERS if header.extended else 1
         self._part_bytes = self._cluster // self._parts
         self._all = (1 << self._parts) - 1
-        self._readers = Readers()
+        self.readers = Readers()
+        """Of this moment."""
         self._dropped: list[int] = []
         """Clusters that entries on the disk may still point to."""
         self._limbo: deque[tuple[int, int]] = deque()
@@ -274,11 +275,11 @@ class Overlay(Qcow2):
         return find(words, offset, length, wait=wait)
 
     def read_cached(self, view: memoryview, offset: int) -> bool:
-        with self._readers.one():
+        with self.readers.one():
             return Layer.read_cached(self, view, offset)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        with self._readers.one():
+        with self.readers.one():
             super().read_into(view, offset)
 
     def forget(self) -> None:
@@ -495,13 +496,13 @@ class Overlay(Qcow2):
     def _give_back(self) -> None:
         """For when no entry on the disk points to what was dropped."""
         if self._dropped:
-            moment = self._readers.turn()
+            moment = self.readers.turn()
             self._limbo.extend((moment, host) for host in self._dropped)
             self._dropped.clear()
         while self._holes:
             number, index = self._holes.pop()
             self._punch_parts(self._state(self._table(number).words, index))
-        while self._limbo and self._readers.gone(self._limbo[0][0]):
+        while self._limbo and self.readers.gone(self._limbo[0][0]):
             self._allocator.free(self._limbo[0][1])
             self._limbo.popleft()
 
