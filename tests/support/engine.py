@@ -85,7 +85,7 @@ def start_engine(
 ) -> Engine:
     """Starts an engine with its socket, mount and log in ``folder`` and waits until it serves."""
     socket, directory, log = folder / "socket", folder / "mount", folder / "engine.log"
-    arguments = ["engine", "--socket", str(socket), *options]
+    arguments = ["engine", "--socket", str(socket), "--state-dir", str(folder / "state"), *options]
     if mount:
         directory.mkdir(exist_ok=True)
         ledger.add_mount(directory)

@@ -48,6 +48,8 @@ INCOMPATIBLE_DIRTY: Final = 1 << 0
 REFCOUNT_ORDER: Final = 4
 """Reference counts of 2^4 bits."""
 COUNT_BYTES: Final = 2
+PART_BYTES_MIN: Final = 4096
+"""A block lies within one part, or a crash could leave it half in place and half not yet entered in a table."""
 COUNTS_BYTES_MAX: Final = 8 << 20
 """QEMU's limit for the table of their blocks."""
 TABLES_MAX: Final = 256
@@ -86,6 +88,8 @@ def parse_counts(raw: bytes, header: Header, subject: str) -> Counts:
     if order != REFCOUNT_ORDER:
         raise UdedupError(f"{subject}: has reference counts of {1 << order} bits; clones have 16")
     cluster = 1 << header.cluster_bits
+    if cluster // (SUBCLUSTERS if header.extended else 1) < PART_BYTES_MIN:
+        raise UdedupError(f"{subject}: keeps parts of less than {PART_BYTES_MIN} bytes; give it larger clusters")
     if not offset or offset % cluster or not clusters or clusters * cluster > COUNTS_BYTES_MAX:
         raise UdedupError(f"{subject}: the table of its reference counts is not where it can be")
     # Of blocks, each of which has a cluster full of counts. What is discarded may stay in use beside what is new.
