@@ -75,6 +75,16 @@ def ledger(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Itera
     ledger.sweep()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines and commands that tests start keep nothing in this machine's own places."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("state", numbered=False)
+        directory.chmod(0o700)
+        patch.setenv("STATE_DIRECTORY", str(directory))
+        yield
+
+
 @pytest.fixture
 def engine_factory(tmp_path: Path, ledger: Ledger) -> Iterator[Callable[..., Engine]]:
     """Starts engines, each with a folder of its own; options are those of support.engine.start_engine."""

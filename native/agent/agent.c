@@ -86,6 +86,7 @@ static int reserve(void)
 		{(void **)&agent->worker_stack, UDD_STACK_BYTES, true, false},
 		{(void **)&agent->fault_stack, UDD_STACK_BYTES, true, false},
 		{(void **)&agent->tls, 2UL * UDD_PAGE_SIZE, true, false},
+		{(void **)&agent->file_pages, udd_bytes(UDD_RUN_MAX), true, false},
 		{(void **)&agent->message, (uint64_t)UDD_MESSAGE_BYTES * UDD_MESSAGE_BUFFERS, true, false},
 		{(void **)&agent->segments, UDD_SEGMENTS_MAX * sizeof(struct udd_segment_map), true, false},
 		{(void **)&agent->staging, udd_bytes(UDD_STAGING_PAGES), true, true},
@@ -188,6 +189,7 @@ int udd_agent_init(const char *socket_path, const char *label)
 	strcpy(agent->label, label); // NOLINT: it fits
 	read_command(agent->command, sizeof(agent->command));
 	agent->keep_ksm = getenv("UDEDUP_KEEP_KSM") != NULL;
+	agent->quiet = getenv("UDEDUP_QUIET_BREAKS") != NULL;
 	open_test_counters();
 	ret = reserve();
 	if (ret) {
@@ -252,6 +254,7 @@ __attribute__((constructor)) static void wrapped(void)
 	// Loaded, but not by `udedup run`: udedup_join() comes later, or never.
 	if (!socket_path || udd_agent_init(socket_path, label ? label : ""))
 		return;
+	udd_files_at_start();
 	udd_agent_start();
 }
 

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 
 #include "../common/wire.h"
+#include "files.h"
 #include "layout.h"
 #include "lock.h"
 #include "marks.h"
@@ -79,7 +80,8 @@ struct udd_live {
 	struct udd_hint_ring *hints;   // in the shared area; NULL before joining
 	struct udd_drop_ring *drops;   // likewise
 	uint64_t reported;             // the engine knows of the runs below this address
-	uint64_t mount_dev;            // st_dev of the udedup mount
+	uint64_t mount_dev;            // st_dev of the udedup mount, 0: none. Set under the map lock held exclusively
+	uint32_t mount_known;          // 1: mount_dev says what the engine said
 	uint64_t holdoff_ns;           // how long a broken page is left alone
 	uint64_t vma_limit;            // mappings the process may have
 	int32_t fault_tid;             // the fault thread, for its CPU clock
@@ -123,10 +125,14 @@ struct udd_agent {
 	char *tls;                 // one page per thread, in place of libc's thread control block
 	char *staging;             // UDD_STAGING_PAGES, where frozen pages wait
 	char *blank;               // UDD_STAGING_PAGES, where private copies are made (dissolve)
+	char *file_pages;          // UDD_RUN_MAX, copies of a file's pages to be compared. The worker's own.
 	char *message;             // the worker's message buffers
 	struct udd_runs runs;      // merged runs. Under the map lock.
 	bool dissolved;            // merged memory became private again: mappings may be cut in several. Under the map lock.
 	uint64_t run_pages;        // pages in all runs, broken ones too. Under the map lock.
+	struct udd_file files[UDD_FILES_MAX]; // mappings of files. Under the map lock.
+	uint32_t files_used;       // slots of it that were ever used
+	uint64_t files_served;     // st_dev of the mount whose engine was there when last heard of; 0: none. Under the map lock.
 	struct udd_layout layout;  // candidates. The worker's own.
 	struct udd_marks marks;    // checksums of pages. The worker's own.
 	struct udd_segment_map *segments; // UDD_SEGMENTS_MAX
@@ -134,6 +140,7 @@ struct udd_agent {
 	uint64_t hooks;            // bit set of installed hooks
 	uint64_t *test_counters;   // UDEDUP_TEST_COUNTERS, shared with whoever tests; else NULL
 	bool keep_ksm;             // UDEDUP_KEEP_KSM: MADV_MERGEABLE goes to the kernel
+	bool quiet;                // UDEDUP_QUIET_BREAKS, or the engine wants it: all breaks take the same time
 	uint32_t test_delays;      // UDEDUP_TEST_DELAYS: transactions dawdle at every step
 	char socket_path[UDD_PATH_MAX];
 	char label[UDD_LABEL_MAX];

@@ -27,6 +27,9 @@ enum {
 	OPEN_MOST = 256,            // blocks opened before all are closed again
 	OPEN_MS = 500,              // for how long
 	EXCLUSIVE_NS = 200000,      // how long to wait for the lock before serving faults with a shared one
+	QUIET_NS = 40000,           // with quiet breaks a writer waits for this time (or a multiple, where it was not enough), …
+	QUIET_PAGE_NS = 2000,       // … for so much more with each page that breaks, …
+	QUIET_RANDOM_NS = 16384,    // … and for something at random below this power of two
 };
 
 // A fault was served and its threads are awake; distinct from 0 and every errno.
@@ -40,6 +43,15 @@ static int pagemap_fd = -1;
 // reads the userfaultfd, hence under the map lock.
 static uint64_t aside[ASIDE_MAX];
 static unsigned aside_count;
+
+// With quiet breaks: what has broken while its writers still sleep. They can't tell by the time how long that took, which depends
+// on how the pages around lie in the store, and that on who has the same. The fault thread's own.
+static struct {
+	struct udd_span span;
+	uint64_t since; // ns: when the fault was read
+} asleep[BATCH];
+static unsigned asleep_count;
+static uint64_t faults_read; // ns: when the last ones were
 
 int udd_fault_pagemap(void)
 {
@@ -115,6 +127,41 @@ static struct udd_span widen(const struct udd_run_entry *run, uint64_t page)
 	return span;
 }
 
+// Wakes the writers that sleep, each when it is due. Without the lock where that is possible, which others wait for.
+static void wake_sleepers(void)
+{
+	uint32_t random = 0;
+
+	for (unsigned i = 0; i < asleep_count; i++) {
+		uint64_t due = asleep[i].since + QUIET_NS + udd_pages(asleep[i].span.end - asleep[i].span.start) * QUIET_PAGE_NS;
+		uint64_t now = udd_now();
+
+		if (now > due)
+			due += (now - due + QUIET_NS - 1) / QUIET_NS * QUIET_NS;
+		// What is left is a matter of some tens of nanoseconds: caches are not the same for all pages.
+		udd_sys(SYS_getrandom, &random, sizeof(random), 0);
+		due += random % QUIET_RANDOM_NS;
+		// A timer would not be exact enough.
+		while (udd_now() < due)
+			udd_pause();
+		udd_uffd_wake(asleep[i].span);
+	}
+	asleep_count = 0;
+}
+
+// Lets the writers of pages that have broken go on.
+static void wake_writers(struct udd_span span)
+{
+	if (!udd_agent.quiet) {
+		udd_uffd_wake(span);
+		return;
+	}
+	if (asleep_count == BATCH)
+		wake_sleepers();
+	asleep[asleep_count].span = span;
+	asleep[asleep_count++].since = faults_read;
+}
+
 static void count_break(struct udd_span span)
 {
 	udd_count_breaks(udd_pages(span.end - span.start), 1);
@@ -164,7 +211,7 @@ static int break_in_place(uint64_t page, bool exclusive)
 			return -EAGAIN;
 		append_unsettled(span, false);
 	}
-	ret = udd_uffd_protect(span, false);
+	ret = udd_agent.quiet ? udd_uffd_unprotect_asleep(span) : udd_uffd_protect(span, false);
 	if (ret) {
 		// Its reader can't have come by: who might be it is the writer, and waits.
 		if (!exclusive)
@@ -174,6 +221,8 @@ static int break_in_place(uint64_t page, bool exclusive)
 	count_break(span);
 	if (exclusive)
 		udd_broke_in_place(span);
+	if (udd_agent.quiet)
+		wake_writers(span);
 	return SERVED;
 }
 
@@ -259,7 +308,8 @@ static int serve_write(uint64_t page, bool exclusive)
 	if (run->broken)
 		return udd_uffd_protect(page_at(page), false);
 	if (exclusive && !udd_span_empty(span = widen(run, page))) {
-		bool dissolve = udd_pages(span.end - span.start) > 1; // several share the cost
+		// Several share the cost; and the kernel's own copying is not quiet.
+		bool dissolve = udd_agent.quiet || udd_pages(span.end - span.start) > 1;
 
 		if (!dissolve) {
 			now = udd_now();
@@ -269,7 +319,7 @@ static int serve_write(uint64_t page, bool exclusive)
 		if (dissolve && !udd_dissolve(span, UDD_DROP_BREAK)) {
 			// First counted: the writer may look.
 			count_break(span);
-			udd_uffd_wake(span);
+			wake_writers(span);
 			return SERVED;
 		}
 	}
@@ -345,6 +395,8 @@ static unsigned read_events(struct uffd_msg *messages)
 	do
 		got = udd_sys(SYS_read, udd_uffd(), messages, BATCH * sizeof(*messages));
 	while (got == -EINTR);
+	if (udd_agent.quiet)
+		faults_read = udd_now();
 	return udd_failed(got) ? 0 : (unsigned)((unsigned long)got / sizeof(*messages));
 }
 
@@ -410,6 +462,7 @@ static void serve_owner_only(int32_t owner)
 		if (ret != SERVED)
 			udd_uffd_wake(page_at(page));
 	}
+	wake_sleepers();
 }
 
 // An application thread holds the lock exclusively, in a hook, and ran into a merged page itself: its stack, say. It can't
@@ -463,6 +516,7 @@ static bool serve_all(void)
 		udd_unlock_exclusive(&live->lock);
 	else
 		udd_unlock_shared(&live->lock);
+	wake_sleepers();
 	return settled;
 }
 

@@ -29,6 +29,7 @@
 #include "merged.h"
 #include "patch.h"
 #include "remap.h"
+#include "rings.h"
 #include "sys.h"
 
 #ifndef MADV_GUARD_INSTALL
@@ -106,6 +107,7 @@ static void leave_exclusive(const uint64_t *mask)
 
 static void note_change(struct udd_span span, enum udd_stale_kind kind)
 {
+	udd_files_changed(span);
 	udd_stale_note(udd_live()->stale, &udd_live()->stale_count, span, kind);
 }
 
@@ -177,6 +179,26 @@ static long call_mmap(const long *arguments)
 	return udd_syscall6(SYS_mmap, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
 }
 
+// Mappings of files that can be merged are remembered. Nobody else knows this one yet.
+static void note_file(struct udd_span span, int protection, int flags, int fd, uint64_t offset)
+{
+	struct udd_file file;
+	struct udd_source source;
+	uint64_t mask;
+
+	live_here();
+	if (!udd_file_wanted(span, protection, flags, fd, &file))
+		return;
+	enter();
+	enter_exclusive(&mask);
+	udd_file_add(&file);
+	leave_exclusive(&mask);
+	// The layout may have been read since it was mapped, but before it was known.
+	note_mapped();
+	source = (struct udd_source){.inode = file.inode, .offset = offset, .on_mount = true};
+	udd_hint_push(udd_pointer(span.start), span.end - span.start, UDD_HINT_MAPPED, &source);
+}
+
 static void *hook_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
 	long arguments[] = {(long)address, (long)length, protection, flags, fd, offset};
@@ -195,6 +217,8 @@ static void *hook_mmap(void *address, size_t length, int protection, int flags, 
 		ret = call_mmap(arguments);
 		note_mapped();
 	}
+	if (!udd_failed(ret) && fd >= 0)
+		note_file(span_of(udd_pointer((uint64_t)ret), length), protection, flags, fd, (uint64_t)offset);
 	if ((flags & MAP_STACK) && !udd_failed(ret)) {
 		enter();
 		note_change(span_of((void *)ret, length), UDD_STALE_STACK);
@@ -329,10 +353,13 @@ static long change_protection(long number, struct udd_span span, const long *arg
 		return ret;
 	}
 	enter_exclusive(&mask);
+	udd_files_restore(span, false);
 	// A mapping of the store must not become executable, nor protected by a key it would lose again.
 	if ((protection & PROT_EXEC) || number == SYS_pkey_mprotect)
 		dissolve_all(span);
 	ret = protect_pieces(number, span, arguments);
+	if (protection & PROT_WRITE)
+		udd_files_open(span);
 	note_change(span, UDD_STALE_CHANGED);
 	leave_exclusive(&mask);
 	return ret;
@@ -390,6 +417,33 @@ static long discard(struct udd_span span, int advice)
 	// All at once, and no more than was replaced.
 	udd_test_count(UDD_TEST_DISCARDED, udd_runs_pages(runs, (struct udd_span){span.start, at}));
 	udd_forget((struct udd_span){span.start, at});
+	return !udd_failed(ret) && hole ? -ENOMEM : ret;
+}
+
+// The same where there may be merged pages of files: without them the kernel finds the store's, which are the same.
+static long discard_all(struct udd_span span, int advice)
+{
+	struct udd_runs *runs = &udd_agent.runs;
+	bool hole = false;
+	long ret = 0;
+
+	for (uint64_t at = span.start; at < span.end && !udd_failed(ret);) {
+		const struct udd_run_entry *run = udd_runs_first(runs, (struct udd_span){at, span.end});
+		struct udd_span piece = {at, span.end};
+
+		while (run && !run->file)
+			run = udd_runs_next_in(run, piece);
+		if (run && run->address <= at) {
+			piece.end = udd_min(span.end, udd_run_span(run).end);
+			ret = udd_sys(SYS_madvise, piece.start, piece.end - piece.start, advice);
+		} else {
+			piece.end = run ? run->address : span.end;
+			ret = discard(piece, advice);
+			hole |= ret == -ENOMEM;
+			ret = ret == -ENOMEM ? 0 : ret;
+		}
+		at = piece.end;
+	}
 	return !udd_failed(ret) && hole ? -ENOMEM : ret;
 }
 
@@ -465,8 +519,9 @@ static int hook_madvise(void *address, size_t length, int advice)
 	}
 	enter_exclusive(&mask);
 	if (kind == ADVICE_DISCARD) {
-		ret = discard(span, advice);
+		ret = discard_all(span, advice);
 	} else {
+		udd_files_restore(span, false);
 		if (kind == ADVICE_PRIVATE)
 			dissolve_all(span);
 		ret = udd_sys(SYS_madvise, address, length, advice);
@@ -574,6 +629,7 @@ static int hook_ioctl(int fd, unsigned long request, void *argument)
 	if (request == UFFDIO_REGISTER && is_userfaultfd(fd) && read_range(argument, &span)) {
 		enter();
 		enter_exclusive(&mask);
+		udd_files_restore(span, false);
 		dissolve_all(span);
 		note_change(span, UDD_STALE_CHANGED);
 		ret = udd_sys(SYS_ioctl, fd, request, argument);
@@ -615,9 +671,24 @@ static void note_remap(struct udd_span from, long ret, size_t new_length)
 		note_change(span_of((void *)ret, new_length), UDD_STALE_CHANGED);
 }
 
+// mremap() of no length. What can't be made the file's again can't be had a second time either.
+static long copy_mapping(struct udd_span from, struct udd_span to, const long *arguments)
+{
+	const struct udd_run_entry *run = udd_runs_first(&udd_agent.runs, from);
+	long ret;
+
+	if (run && run->file)
+		return -ENOMEM;
+	ret = udd_syscall6(SYS_mremap, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], 0);
+	if (!udd_failed(ret))
+		udd_forget(to);
+	return ret;
+}
+
 static void *hook_mremap(void *address, size_t old_length, size_t new_length, int flags, ...)
 {
-	struct udd_span from = span_of(address, old_length);
+	// Of no length, it makes another mapping of what a shared one maps there.
+	struct udd_span from = span_of(address, old_length ? old_length : 1);
 	struct udd_span to = {0, 0};
 	uint64_t wanted = 0;
 	bool odd = (uintptr_t)address % UDD_PAGE_SIZE || !sound(address, old_length) || !sound(address, new_length) ||
@@ -640,13 +711,14 @@ static void *hook_mremap(void *address, size_t old_length, size_t new_length, in
 		}
 	}
 	enter();
-	if (odd || !(udd_agent.dissolved || udd_merged_in(from) || udd_merged_in(to))) {
+	if ((odd && old_length) || !(udd_agent.dissolved || udd_merged_in(from) || udd_merged_in(to))) {
 		ret = udd_syscall6(SYS_mremap, arguments[0], arguments[1], arguments[2], flags, arguments[4], 0);
 		note_remap(from, ret, new_length);
 		leave();
 	} else {
 		enter_exclusive(&mask);
-		ret = udd_remap(from, to, arguments);
+		udd_files_restore(from, true);
+		ret = old_length ? udd_remap(from, to, arguments) : copy_mapping(from, to, arguments);
 		note_remap(from, ret, new_length);
 		leave_exclusive(&mask);
 	}
@@ -732,7 +804,7 @@ static const struct {
 	const char *reports;
 } hooks[] = {
 	{"munmap", HOOK(hook_munmap), NULL, LOCK_MAP, "runs that are gone"},
-	{"mmap", HOOK(hook_mmap), NULL, LOCK_MAP, "runs that are replaced, thread stacks"},
+	{"mmap", HOOK(hook_mmap), NULL, LOCK_MAP, "runs that are replaced, thread stacks, mapped images"},
 	{"mremap", HOOK(hook_mremap), NULL, LOCK_MAP, "runs that move"},
 	{"brk", HOOK(hook_brk), NULL, LOCK_MAP, "runs that are gone"},
 	{"shmat", HOOK(hook_shmat), NULL, LOCK_MAP, "runs that are replaced"},

@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/sysmacros.h>
 
 #include "agent.h"
 #include "sys.h"
@@ -11,6 +13,7 @@
 struct mapping {
 	uint64_t start;
 	uint64_t end;
+	uint64_t device;
 	uint64_t inode;
 	uint64_t rss;   // bytes
 	uint64_t key;   // protection key
@@ -18,6 +21,8 @@ struct mapping {
 	bool data;      // a file's, private and writable: .data of a program or library
 	bool barred;    // by its flags
 	bool store;     // a store segment
+	uint16_t read_only; // a file's, to be read only: PROT_*; else 0
+	bool shared;
 	uint32_t attributes;
 };
 
@@ -62,19 +67,25 @@ static void parse_header(const char *line, struct mapping *ret)
 	const char *permissions;
 	const char *text;
 	uint64_t ignored;
+	uint64_t major;
+	uint64_t minor;
 
 	memset(ret, 0, sizeof(*ret));
 	text = parse_hex(line, &ret->start);
 	text = parse_hex(text + 1, &ret->end);
 	permissions = text + 1;
 	text = parse_hex(permissions + 5, &ignored);
-	text = parse_hex(text + 1, &ignored);
-	text = parse_hex(text + 1, &ignored);
+	text = parse_hex(text + 1, &major);
+	text = parse_hex(text + 1, &minor);
+	ret->device = makedev(major, minor);
 	text = parse_decimal(text, &ret->inode);
 	while (*text == ' ')
 		text++;
 	ret->store = starts_with(text, "/memfd:udedup-store");
 	ret->data = memcmp(permissions, "rw-p", 4) == 0 && ret->inode && !ret->store;
+	if (ret->inode && !ret->store && (memcmp(permissions, "r--", 3) == 0 || memcmp(permissions, "r-x", 3) == 0))
+		ret->read_only = permissions[2] == 'x' ? PROT_READ | PROT_EXEC : PROT_READ;
+	ret->shared = permissions[3] == 's';
 	ret->candidate = memcmp(permissions, "rw-p", 4) == 0 && ret->inode == 0 &&
 			 (*text == '\0' || starts_with(text, "[heap]") || starts_with(text, "[anon:"));
 }
@@ -124,6 +135,41 @@ struct reading {
 	uint64_t data_end;      // where the last .data ended
 };
 
+static void add_candidate(struct udd_layout *layout, const struct mapping *mapping, struct udd_span span, uint16_t file)
+{
+	if (layout->count == UDD_LAYOUT_MAX)
+		return;
+	layout->candidates[layout->count++] = (struct udd_candidate){
+		.start = span.start,
+		.end = span.end,
+		.attributes = (uint16_t)mapping->attributes,
+		.file = file,
+	};
+}
+
+// Mappings of the same file that follow each other are one to the kernel.
+static void add_files(struct udd_layout *layout, const struct mapping *mapping)
+{
+	struct udd_span whole = {mapping->start, mapping->end};
+	bool found = false;
+
+	// In a child that does not get it, nothing could put the file back.
+	if (mapping->barred || mapping->key || mapping->attributes & UDD_ATTRIBUTE_DONTFORK)
+		return;
+	for (uint32_t i = 0; i < layout->file_count; i++) {
+		const struct udd_layout_file *file = &layout->files[i];
+		struct udd_span span = udd_span_clip(file->span, whole);
+
+		if (udd_span_empty(span) || file->device != mapping->device || file->inode != mapping->inode ||
+		    file->shared != mapping->shared || file->protection != mapping->read_only)
+			continue;
+		add_candidate(layout, mapping, span, file->number);
+		found = true;
+	}
+	if (found)
+		layout->present += mapping->rss;
+}
+
 static void mapping_done(struct reading *reading)
 {
 	const struct mapping *mapping = &reading->mapping;
@@ -138,14 +184,12 @@ static void mapping_done(struct reading *reading)
 		layout->present += mapping->rss;
 	if (mapping->data)
 		reading->data_end = mapping->end;
+	if (mapping->read_only)
+		add_files(layout, mapping);
 	if (!mapping->candidate || mapping->barred || mapping->key || bss || udd_span_overlaps(span, reading->own) ||
-	    is_stack(layout, span) || layout->count == UDD_LAYOUT_MAX)
+	    is_stack(layout, span))
 		return;
-	layout->candidates[layout->count++] = (struct udd_candidate){
-		.start = mapping->start,
-		.end = mapping->end,
-		.attributes = mapping->attributes,
-	};
+	add_candidate(layout, mapping, span, 0);
 }
 
 static void parse_line(struct reading *reading, const char *line)
@@ -164,6 +208,29 @@ static void parse_line(struct reading *reading, const char *line)
 		parse_decimal(line + 14, &reading->mapping.key);
 	} else if (starts_with(line, "VmFlags: ")) {
 		parse_flags(line + 9, &reading->mapping);
+	}
+}
+
+void udd_layout_note_files(struct udd_layout *layout)
+{
+	layout->file_count = 0;
+	for (uint32_t i = 0; i < udd_agent.files_used; i++) {
+		const struct udd_file *file = &udd_agent.files[i];
+		uint32_t at = layout->file_count;
+
+		if (!file->mergeable)
+			continue;
+		for (; at && layout->files[at - 1].span.start > file->span.start; at--)
+			layout->files[at] = layout->files[at - 1];
+		layout->files[at] = (struct udd_layout_file){
+			.span = file->span,
+			.device = file->device,
+			.inode = file->inode,
+			.number = (uint16_t)(i + 1),
+			.protection = file->protection,
+			.shared = file->shared,
+		};
+		layout->file_count++;
 	}
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Which memory of the process may be merged: private, anonymous, writable mappings with no property that a mapping of the
-// store could not have. Read from /proc/self/smaps (for the attributes); between two readings, hooks note what changed
+// store could not have, and those of files that files.h knows. Read from /proc/self/smaps (for the attributes); between two readings, hooks note what changed
 // (struct udd_stale), and what changed is no candidate until the next reading. So an entry says what the mapping *is*, as
 // far as the process goes through libc; the kernel refuses the rest (see transaction.c).
 //
@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "files.h"
 #include "util.h"
 
 enum {
@@ -22,8 +23,19 @@ enum {
 struct udd_candidate {
 	uint64_t start;
 	uint64_t end;
-	uint32_t attributes; // enum udd_attribute
+	uint16_t attributes; // enum udd_attribute
+	uint16_t file;       // index in udd_agent.files + 1, if it is a mapping of a file that nobody can write to; else 0
 	uint32_t stale;      // 1: changed since
+};
+
+// A mapping of a file that may be merged, as was known before smaps was read.
+struct udd_layout_file {
+	struct udd_span span;
+	uint64_t device;
+	uint64_t inode;
+	uint16_t number; // index in udd_agent.files + 1
+	uint16_t protection; // PROT_*
+	bool shared;
 };
 
 enum udd_stale_kind {
@@ -48,6 +60,8 @@ struct udd_layout {
 	uint64_t present;     // bytes present in candidates and merged runs, at the last reading
 	int smaps_fd;         // -1 until the worker opened it
 	char *buffer;         // UDD_LAYOUT_BUFFER bytes
+	struct udd_layout_file files[UDD_FILES_MAX]; // sorted
+	uint32_t file_count;
 	struct udd_span stacks[UDD_STACKS_MAX];
 	uint32_t stack_count;
 	uint32_t stack_next; // which to forget when full
@@ -55,6 +69,8 @@ struct udd_layout {
 
 enum { UDD_LAYOUT_BUFFER = 65536 };
 
+// Takes over what is known of mappings of files (files.h); to be done under the map lock, before a reading.
+void udd_layout_note_files(struct udd_layout *layout);
 // Reads the layout anew. 0 or a negative errno, in which case there are no candidates.
 int udd_layout_read(struct udd_layout *layout, struct udd_span own);
 // Notes a change in one of UDD_STALE_SLOTS slots, unless one of the last few notes says the same: programs map and unmap at the

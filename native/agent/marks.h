@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // What the linear scan remembers of each page: a 25-bit checksum, to tell pages that keep still from volatile ones (KSM's
 // "oldchecksum"), at how many looks it was the same and how many rounds to pass the page over for it (KSM's "smart scan"), and
-// whether the page was given to the kernel's zero page. 4 bytes a page, in leaves of 4 MiB of address space found through a
-// small hash table. A leaf that finds no room is simply not remembered. The worker's own.
+// whether the page was given to the kernel's zero page. At the first look at a page, or after it changed, the checksum is of a
+// part of it only: most of what a look costs is to get the page out of memory. 4 bytes a page, in leaves of 4 MiB of address
+// space found through a small hash table. A leaf that finds no room is simply not remembered. The worker's own.
 #ifndef UDD_MARKS_H
 #define UDD_MARKS_H
 
@@ -15,7 +16,7 @@ enum {
 	UDD_MARK_NONE = 0, // never seen
 	UDD_MARK_ZERO = 1, // left to the kernel's zero page
 	UDD_MARK_MIN = 2,  // checksums start here
-	UDD_MARK_AGE_SHIFT = 25,   // above the checksum: looks that found it unchanged, 3 bits
+	UDD_MARK_AGE_SHIFT = 25,   // above the checksum: looks that found it unchanged, 3 bits; 0: it is of a part of the page
 	UDD_MARK_AGE_MAX = 7,
 	UDD_MARK_SKIPS_SHIFT = 28, // above that: rounds to pass it over, 4 bits
 
@@ -45,7 +46,7 @@ void udd_mark_set(struct udd_marks *marks, uint32_t *mark, uint32_t value);
 // Forgets leaves that no candidate reaches into any more.
 void udd_marks_sweep(struct udd_marks *marks, const struct udd_layout *layout);
 
-// The checksum of a page.
+// The checksum of a page or a part of it.
 static inline uint32_t udd_mark_of(uint64_t digest_low)
 {
 	uint32_t mark = (uint32_t)(digest_low ^ digest_low >> 32) & ((1U << UDD_MARK_AGE_SHIFT) - 1);
@@ -58,15 +59,17 @@ static inline bool udd_mark_has(uint32_t mark, uint32_t checksum)
 	return (mark & ((1U << UDD_MARK_AGE_SHIFT) - 1)) == checksum;
 }
 
-// The mark after a look that found `checksum`: the longer it is the same, the more rounds the page is passed over.
+static inline uint32_t udd_mark_age(uint32_t mark)
+{
+	return mark >> UDD_MARK_AGE_SHIFT & UDD_MARK_AGE_MAX;
+}
+
+// The mark after a look at a whole page of this checksum that found it unchanged: the longer, the more rounds it is passed over.
 static inline uint32_t udd_mark_after(uint32_t mark, uint32_t checksum)
 {
 	static const uint8_t skips[UDD_MARK_AGE_MAX + 1] = {0, 0, 0, 1, 2, 4, 8, 8};
-	uint32_t age;
+	uint32_t age = udd_mark_has(mark, checksum) ? (uint32_t)udd_min(udd_mark_age(mark) + 1, UDD_MARK_AGE_MAX) : 1;
 
-	if (!udd_mark_has(mark, checksum))
-		return checksum;
-	age = (uint32_t)udd_min((mark >> UDD_MARK_AGE_SHIFT & UDD_MARK_AGE_MAX) + 1, UDD_MARK_AGE_MAX);
 	return checksum | age << UDD_MARK_AGE_SHIFT | (uint32_t)skips[age] << UDD_MARK_SKIPS_SHIFT;
 }
 

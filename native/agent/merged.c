@@ -67,8 +67,10 @@ int udd_reserve_runs(uint32_t more)
 
 void udd_forget(struct udd_span span)
 {
-	for (const struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span))
+	for (const struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span)) {
 		udd_release_run(run, 0);
+		udd_file_put(run->file, run->pages);
+	}
 	udd_remove_runs(span);
 	udd_publish_runs();
 }

@@ -216,7 +216,8 @@ static void take(struct udd_runs *runs, struct place place, uint32_t count)
 static bool follows(const struct udd_run_entry *a, const struct udd_run_entry *b)
 {
 	return end_of(a) == b->address && a->segment == b->segment && a->attributes == b->attributes &&
-	       a->protection == b->protection && a->broken == b->broken && a->armed == b->armed && a->slot + a->pages == b->slot;
+	       a->protection == b->protection && a->broken == b->broken && a->armed == b->armed && a->file == b->file &&
+	       a->slot + a->pages == b->slot;
 }
 
 void udd_runs_insert(struct udd_runs *runs, const struct udd_run_entry *run)

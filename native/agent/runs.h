@@ -33,8 +33,9 @@ struct udd_run_entry {
 	uint16_t segment;   // index into udd_agent.segments
 	uint8_t attributes; // enum udd_attribute
 	uint8_t protection; // PROT_*
-	uint16_t broken;    // 1: private copies in a store mapping, see above
-	uint16_t armed;     // 1: write-protected by userfaultfd; 0: the kernel breaks it by itself (fork child, after mremap, storm)
+	uint8_t broken;     // 1: private copies in a store mapping, see above
+	uint8_t armed;      // 1: write-protected by userfaultfd; 0: the kernel breaks it by itself (fork child, after mremap, storm)
+	uint16_t file;      // in the place of a file's pages: which mapping of a file, index in udd_agent.files + 1; 0: of anonymous ones
 };
 
 enum {

@@ -2,6 +2,7 @@
 #include "scan.h"
 
 #include <string.h>
+#include <sys/uio.h>
 
 #include "../common/digest.h"
 #include "../common/uffd.h"
@@ -12,16 +13,18 @@
 enum {
 	REGIONS = 64,          // regions of one PAGEMAP_SCAN
 	BATCH = 64,            // pages copied and hashed at a time: they should stay in the processor's cache
+	PART = 512,            // bytes of a page looked at first
 	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time
 	LAYOUT_AGE_S = 10,     // raw system calls change it too
 };
 
-// Pages that are being looked at: present, of one candidate, `count` of them copied to the copy area.
+// Pages that are being looked at: present, of one candidate.
 struct batch {
-	uint32_t first;      // slot of the copy area that has the first one; the others follow
+	uint32_t first;      // slot of the copy area that the first one is copied to; the others follow
 	uint64_t addresses[BATCH];
 	uint32_t count;
 	uint64_t huge; // bit mask: those that lie in a transparent huge page
+	bool file;     // they are a file's, and can't change
 };
 
 // Only if it has changed, and no more often than it is worth.
@@ -47,6 +50,7 @@ void udd_refresh_layout(void)
 	if (!udd_worker_lock(&started))
 		return;
 	__atomic_store_n(&udd_live()->mapped, 0, __ATOMIC_RELAXED);
+	udd_layout_note_files(layout);
 	udd_worker_unlock(started);
 	udd_layout_read(layout, udd_agent.arena);
 	udd_marks_sweep(&udd_agent.marks, layout);
@@ -62,9 +66,9 @@ static uint32_t copy_out(const struct udd_scan_state *state, uint64_t address, u
 	return udd_failed(got) ? 0 : (uint32_t)udd_pages((uint64_t)got);
 }
 
-// Present pages of `span` that are neither zero-mapped nor a file's. Returns the number of regions, each with
-// PAGE_IS_HUGE among its categories or without; *end is how far it looked.
-static long find_present(struct udd_span span, uint64_t pages, struct page_region *regions, uint64_t *end)
+// Present pages of `span` that are not zero-mapped, and a file's if that is what it is, else not a file's. Returns the number
+// of regions, each with PAGE_IS_HUGE among its categories or without; *end is how far it looked.
+static long find_present(struct udd_span span, uint64_t pages, bool file, struct page_region *regions, uint64_t *end)
 {
 	struct pm_scan_arg arg = {
 		.size = sizeof(arg),
@@ -73,7 +77,7 @@ static long find_present(struct udd_span span, uint64_t pages, struct page_regio
 		.vec = (uint64_t)(uintptr_t)regions,
 		.vec_len = REGIONS,
 		.max_pages = pages,
-		.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+		.category_inverted = PAGE_IS_PFNZERO | (file ? 0 : PAGE_IS_FILE),
 		.category_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO | PAGE_IS_FILE,
 		.return_mask = PAGE_IS_PRESENT | PAGE_IS_HUGE,
 	};
@@ -110,6 +114,93 @@ static void merge_zero_pages(const uint64_t *addresses, uint32_t count, struct u
 	}
 }
 
+// Where the part of a page begins that is looked at first: what changes may be at the same place everywhere.
+static uint64_t part_of(uint64_t address)
+{
+	return udd_pages(address) * 0x9E3779B97F4A7C15 >> 32 & (UDD_PAGE_SIZE - PART);
+}
+
+static uint32_t mark_of_part(const char *part)
+{
+	return udd_mark_of(udd_digest_part(part, PART));
+}
+
+// Does this look at a page begin with a part of it?
+static bool wants_part(const uint32_t *mark)
+{
+	return !mark || udd_mark_age(*mark) == 0;
+}
+
+static void keep_page(struct batch *batch, uint32_t *kept, uint32_t i)
+{
+	uint64_t huge = batch->huge >> i & 1;
+
+	batch->addresses[*kept] = batch->addresses[i];
+	batch->huge = (batch->huge & ~(1UL << *kept)) | huge << *kept;
+	++*kept;
+}
+
+// Takes those pages out of the batch that a look at a part of them settles: they are new, or have changed.
+static void look_at_parts(struct udd_scan_state *state, struct batch *batch, struct udd_reports *ret)
+{
+	const char *parts = state->copy + udd_bytes(batch->first);
+	struct iovec vector[BATCH];
+	uint32_t wanted = 0;
+	uint32_t kept = 0;
+	uint32_t got;
+	long bytes;
+
+	for (uint32_t i = 0; i < batch->count; i++) {
+		uint64_t address = batch->addresses[i];
+
+		if (wants_part(udd_mark(&udd_agent.marks, address)))
+			vector[wanted++] = (struct iovec){udd_pointer(address + part_of(address)), PART};
+	}
+	if (wanted == 0)
+		return;
+	bytes = udd_sys(SYS_pwritev, state->shared_fd, vector, wanted, UDD_SHARED_COPY + udd_bytes(batch->first), 0);
+	got = udd_failed(bytes) ? 0 : (uint32_t)bytes / PART;
+	for (uint32_t i = 0, part = 0; i < batch->count; i++) {
+		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
+		uint32_t value;
+
+		if (!wants_part(mark)) {
+			keep_page(batch, &kept, i);
+			continue;
+		}
+		// What can't be read ends the batch's parts: those behind it wait for the next round.
+		if (part == got)
+			continue;
+		value = mark_of_part(parts + part++ * PART);
+		if (mark && udd_mark_has(*mark, value)) {
+			keep_page(batch, &kept, i);
+			continue;
+		}
+		if (mark)
+			udd_mark_set(&udd_agent.marks, mark, value);
+		ret->visited++;
+		ret->changed++;
+	}
+	batch->count = kept;
+}
+
+// Copies the pages of the batch out; those that can't be are dropped.
+static void copy_batch(const struct udd_scan_state *state, struct batch *batch)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t from = 0, to; from < batch->count; from = to) {
+		uint32_t got;
+
+		for (to = from + 1; to < batch->count && batch->addresses[to] == batch->addresses[to - 1] + UDD_PAGE_SIZE;)
+			to++;
+		got = copy_out(state, batch->addresses[from], to - from, batch->first + kept);
+		for (uint32_t i = from; i < from + got; i++)
+			keep_page(batch, &kept, i);
+	}
+	batch->count = kept;
+}
+
 // Hashes the batch and reports what is worth looking up.
 static void report_batch(struct udd_scan_state *state, const struct batch *batch, bool hinted, struct udd_reports *ret,
 			 struct udd_report *reports)
@@ -125,15 +216,17 @@ static void report_batch(struct udd_scan_state *state, const struct batch *batch
 		struct udd_digest digest = udd_digest_page(page);
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value = udd_mark_of(digest.low);
-		bool kept = hinted || (mark && udd_mark_has(*mark, value));
+		// Without a mark only what is hinted, or a file's, comes here; with one of a part, that was the same a moment ago.
+		bool kept = hinted || batch->file || udd_mark_age(*mark) == 0 || udd_mark_has(*mark, value);
 		bool zero = page[0] == 0 && memcmp(page, zeros, UDD_PAGE_SIZE) == 0;
 
 		ret->visited++;
 		if (mark)
-			udd_mark_set(&udd_agent.marks, mark, udd_mark_after(*mark, value));
+			udd_mark_set(&udd_agent.marks, mark,
+				     kept ? udd_mark_after(*mark, value) : mark_of_part(page + part_of(batch->addresses[i])));
 		if (!kept) {
 			ret->changed++;
-		} else if (zero && !(state->flags & UDD_CONFIG_ZERO_PAGES)) {
+		} else if (zero && (batch->file || !(state->flags & UDD_CONFIG_ZERO_PAGES))) {
 			continue;
 		} else if (zero && !(kept_zeros >> i & 1)) {
 			zero_addresses[zero_count++] = batch->addresses[i];
@@ -174,46 +267,68 @@ static bool next_part(struct udd_span *region, bool smart, struct udd_span *ret,
 	return ret->end > ret->start;
 }
 
-// Adds pages to the batch, as far as they can be copied.
-static void take_in(const struct udd_scan_state *state, struct udd_span part, bool huge, struct batch *batch)
+static void take_in(struct udd_span part, bool huge, struct batch *batch)
 {
-	uint32_t got = copy_out(state, part.start, udd_pages(part.end - part.start), batch->first + batch->count);
-
-	for (uint32_t page = 0; page < got; page++) {
+	for (; part.start < part.end; part.start += UDD_PAGE_SIZE) {
 		if (huge)
 			batch->huge |= 1UL << batch->count;
-		batch->addresses[batch->count++] = part.start + udd_bytes(page);
+		batch->addresses[batch->count++] = part.start;
 	}
 }
 
+// The first part of `span` that is not merged; empty if what is merged comes first, and then it ends where that does. To the
+// kernel, merged pages are a file's too.
+static struct udd_span first_unmerged(struct udd_span span)
+{
+	struct udd_lock *lock = &udd_live()->lock;
+	const struct udd_run_entry *run;
+
+	udd_lock_shared(lock);
+	run = udd_runs_first(&udd_agent.runs, span);
+	if (run && run->address <= span.start)
+		span.start = span.end = udd_min(span.end, udd_run_span(run).end);
+	else if (run)
+		span.end = run->address;
+	udd_unlock_shared(lock);
+	return span;
+}
+
 // Looks at up to `pages` present pages of `span`, which lies in one candidate. Returns how far it came.
-static uint64_t look_at(struct udd_scan_state *state, struct udd_span span, uint32_t pages, bool hinted,
+static uint64_t look_at(struct udd_scan_state *state, struct udd_span span, bool file, uint32_t pages, bool hinted,
 			struct udd_reports *ret, struct udd_report *reports)
 {
 	struct page_region regions[REGIONS];
-	struct batch batch = {.first = state->copies};
+	struct batch batch = {.first = state->copies, .file = file};
 	uint64_t end;
 	bool smart = !hinted && state->flags & UDD_CONFIG_SMART_SCAN;
-	long found = find_present(span, udd_min(pages, BATCH), regions, &end);
+	long found;
+
+	if (file && udd_span_empty(span = first_unmerged(span)))
+		return span.end;
+	found = find_present(span, udd_min(pages, BATCH), file, regions, &end);
 
 	for (long i = 0; i < found; i++) {
 		struct udd_span region = {regions[i].start, regions[i].end};
 
 		for (struct udd_span part; next_part(&region, smart, &part, &ret->header.value);)
-			take_in(state, part, regions[i].categories & PAGE_IS_HUGE, &batch);
+			take_in(part, regions[i].categories & PAGE_IS_HUGE, &batch);
 	}
+	// A file's pages don't change.
+	if (!hinted && !file)
+		look_at_parts(state, &batch, ret);
+	copy_batch(state, &batch);
 	report_batch(state, &batch, hinted, ret, reports);
 	return end;
 }
 
 void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *ret, struct udd_report *reports)
 {
-	uint32_t budget = (uint32_t)udd_min(pages, UDD_REPORTS_MAX);
+	uint32_t budget = (uint32_t)udd_min(pages, UDD_SCAN_MAX);
 
 	state->copies = 0;
 	if (state->cursor == 0)
 		udd_refresh_layout();
-	while (ret->visited + ret->header.value / UDD_SKIPS_PER_VISIT < budget) {
+	while (state->copies < UDD_COPY_SLOTS && ret->visited + ret->header.value / UDD_SKIPS_PER_VISIT < budget) {
 		const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, state->cursor);
 		struct udd_span span;
 
@@ -223,7 +338,10 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 			return;
 		}
 		span = (struct udd_span){udd_max(state->cursor, candidate->start), candidate->end};
-		state->cursor = candidate->stale ? candidate->end : look_at(state, span, budget - ret->visited, false, ret, reports);
+		state->cursor = candidate->stale ? candidate->end
+						 : look_at(state, span, candidate->file,
+							   udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies), false,
+							   ret, reports);
 	}
 }
 
@@ -237,7 +355,7 @@ static void visit_range(struct udd_scan_state *state, struct udd_span span, stru
 			return;
 		inside = udd_span_clip(span, (struct udd_span){candidate->start, candidate->end});
 		span.start = candidate->stale ? candidate->end
-					      : look_at(state, inside, UDD_REPORTS_MAX - ret->visited, true, ret, reports);
+					      : look_at(state, inside, candidate->file, UDD_REPORTS_MAX - ret->visited, true, ret, reports);
 	}
 }
 
@@ -249,6 +367,12 @@ static bool known(struct udd_span span)
 	return candidate && !candidate->stale && candidate->start <= span.start && span.end <= candidate->end;
 }
 
+void udd_refresh_layout_of(struct udd_span span)
+{
+	if (!known(span))
+		udd_refresh_layout();
+}
+
 void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uint32_t count, struct udd_reports *ret,
 	       struct udd_report *reports)
 {
@@ -257,8 +381,7 @@ void udd_visit(struct udd_scan_state *state, const struct udd_range *ranges, uin
 		struct udd_span span = {udd_page_down(ranges[i].address),
 					udd_page_down(ranges[i].address) + udd_bytes(udd_min(ranges[i].pages, UDD_REPORTS_MAX))};
 
-		if (!known(span))
-			udd_refresh_layout();
+		udd_refresh_layout_of(span);
 		visit_range(state, span, ret, reports);
 	}
 }
@@ -271,7 +394,7 @@ void udd_find_huge(const uint64_t *addresses, uint32_t count, uint64_t huge[UDD_
 		struct page_region regions[REGIONS];
 		uint64_t end;
 
-		if (find_present(page, 1, regions, &end) == 1 && regions[0].categories & PAGE_IS_HUGE)
+		if (find_present(page, 1, false, regions, &end) == 1 && regions[0].categories & PAGE_IS_HUGE)
 			huge[i / 64] |= 1UL << i % 64;
 	}
 }

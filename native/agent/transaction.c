@@ -22,6 +22,8 @@
 //
 //  - Something fails half way (ENOMEM, mapping limit). Whatever was moved out is moved back, and the whole range is woken.
 //
+// Pages of files that nobody can write to take a shorter way (merge_file, and files.h for how they go back).
+//
 // A merged run is registered write-protected (WP) and MINOR: a write wakes the fault thread (fault.c), which *dissolves* the
 // page: it puts a private copy in its place before the writer goes on. The copy is made from the store, not from the
 // application's page, and becomes ordinary anonymous memory, which may merge again. It is moved in with mremap(), so that no
@@ -40,6 +42,7 @@
 
 #include "fault.h"
 #include "merged.h"
+#include "scan.h"
 #include "segments.h"
 #include "sys.h"
 #include "userfault.h"
@@ -115,6 +118,7 @@ struct transaction {
 	uint64_t frozen;           // bit mask of pages in staging
 	uint64_t busy;             // pages that the kernel refused
 	uint64_t gone;             // pages that are not there
+	uint64_t same;             // pages of files that are equal to the store's
 	uint64_t removed;          // pages whose removal came past the hooks
 };
 
@@ -297,18 +301,31 @@ static bool still_merged(struct udd_span span)
 	return udd_still_merged(span).end == span.end;
 }
 
+int udd_private_copies(struct udd_span span, uint64_t *ret)
+{
+	uint64_t entries[UDD_RUN_MAX];
+	int error = read_pagemap(span, entries);
+
+	*ret = 0;
+	for (unsigned i = 0; !error && i < udd_pages(span.end - span.start); i++) {
+		if ((entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)) && !(entries[i] & PAGEMAP_FILE))
+			*ret |= bit(i);
+	}
+	return error;
+}
+
 // Pages of `span` that are private copies already broke before they were write-protected.
 static int find_broken(struct udd_span span)
 {
-	uint64_t entries[UDD_RUN_MAX];
-	int ret = read_pagemap(span, entries);
+	uint64_t copies;
+	int ret = udd_private_copies(span, &copies);
 
 	if (ret)
 		return ret;
-	for (uint64_t i = 0; i < udd_pages(span.end - span.start); i++) {
+	for (unsigned i = 0; i < udd_pages(span.end - span.start); i++) {
 		struct udd_span page = {span.start + udd_bytes(i), span.start + udd_bytes(i + 1)};
 
-		if ((entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)) && !(entries[i] & PAGEMAP_FILE)) {
+		if (copies & bit(i)) {
 			udd_broke_in_place(page);
 			udd_count_breaks(1, 0);
 			udd_uffd_protect(page, false);
@@ -347,7 +364,7 @@ bool udd_arm_runs(void)
 		if (!udd_worker_lock(&started))
 			return false;
 		run = runs->count ? udd_runs_find(runs, at) : NULL;
-		while (run && (run->armed || run->broken))
+		while (run && (run->armed || run->broken || run->file))
 			run = udd_runs_next(run);
 		if (run && udd_reserve_runs(UDD_RUN_MAX))
 			run = NULL;
@@ -390,7 +407,7 @@ uint64_t udd_unmerge(struct udd_span span)
 
 		udd_worker_lock_patiently(&started);
 		run = udd_runs_first(runs, span);
-		if (run && !run->armed && !run->broken) {
+		if (run && !run->armed && !run->broken && !run->file) {
 			// Arming finds out what broke meanwhile, which are runs of their own then.
 			piece = start_of(run, span);
 			udd_runs_split(runs, piece);
@@ -402,7 +419,12 @@ uint64_t udd_unmerge(struct udd_span span)
 			break;
 		}
 		piece = start_of(run, span);
-		ret = still_merged(piece) ? udd_dissolve(piece, 0) : 0;
+		if (run->file) {
+			udd_files_restore(piece, false);
+			ret = 0;
+		} else {
+			ret = still_merged(piece) ? udd_dissolve(piece, 0) : 0;
+		}
 		udd_uffd_wake(piece);
 		udd_worker_unlock(started);
 		span.start = piece.end;
@@ -418,9 +440,10 @@ static int map_store(const struct transaction *tx, unsigned from, unsigned to, c
 	struct udd_span span = pages_span(tx, from, to);
 	struct udd_segment_map *segment = udd_segment_of(run);
 	struct udd_run_entry entry = *run;
+	int type = run->file && udd_agent.files[run->file - 1].shared ? MAP_SHARED : MAP_PRIVATE;
 	long ret;
 
-	ret = udd_sys(SYS_mmap, span.start, span.end - span.start, run->protection, MAP_PRIVATE | MAP_FIXED, segment->fd,
+	ret = udd_sys(SYS_mmap, span.start, span.end - span.start, run->protection, type | MAP_FIXED, segment->fd,
 		      udd_bytes(run->slot + from));
 	if (udd_failed(ret))
 		return (int)ret;
@@ -436,7 +459,7 @@ static int map_store(const struct transaction *tx, unsigned from, unsigned to, c
 	udd_count_merged(entry.pages);
 	udd_publish_runs();
 	// Should arming fail, the run is right all the same: the kernel breaks it by itself, until udd_arm_runs tries again.
-	if (arm(span))
+	if (!run->file && arm(span))
 		udd_ring(UDD_BELL_ARM);
 	return 0;
 }
@@ -456,9 +479,15 @@ static void relocate(const struct transaction *tx, unsigned from, unsigned to, c
 	struct udd_run_entry target = *wanted;
 	const char *old_pages = udd_store_page(&old);
 	const char *new_pages = udd_store_page(wanted) + udd_bytes(from);
+	uint64_t copies = 0;
 	int error;
 
-	if (old.broken || !old.armed || !still_merged(span)) {
+	// A hint may be about pages that are there already.
+	if (old.segment == wanted->segment && old.slot == wanted->slot + from) {
+		ret->busy |= bits(from, to);
+		return;
+	}
+	if (old.broken || (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
 		ret->busy |= bits(from, to);
 		return;
 	}
@@ -468,6 +497,7 @@ static void relocate(const struct transaction *tx, unsigned from, unsigned to, c
 	}
 	target.attributes = old.attributes;
 	target.protection = old.protection;
+	target.file = old.file;
 	// The old entry goes first, so that the table never has two for one page; it comes back if mapping fails.
 	udd_remove_runs(span);
 	error = map_store(tx, from, to, &target);
@@ -535,6 +565,47 @@ static void merge_stretch(struct transaction *tx, unsigned from, unsigned to, co
 	udd_test_count(UDD_TEST_TRANSACTIONS, 1);
 }
 
+// Pages [from, to) of a file's mapping, which nobody can write to. Whether they are equal was found out before the lock was
+// taken, because reading them may take until their server answers; the mapping has not changed since, or the candidate would
+// be stale and the mapping forgotten. A debugger's private copies stay.
+static void merge_file(struct transaction *tx, unsigned from, unsigned to, const struct udd_run_entry *run,
+		       struct udd_merge_result *ret)
+{
+	uint64_t copies;
+	uint64_t equal;
+
+	if (!udd_file_holds(run->file, pages_span(tx, from, to))) {
+		ret->gone |= bits(from, to);
+		return;
+	}
+	if (udd_private_copies(pages_span(tx, from, to), &copies))
+		copies = ~0UL;
+	copies = copies << from & bits(from, to);
+	equal = tx->same & bits(from, to) & ~copies;
+	ret->busy |= copies;
+	ret->mismatch |= bits(from, to) & ~equal & ~copies;
+	for (unsigned i = from; i < to;) {
+		unsigned end = stretch_end(equal, i, to);
+
+		if (end == i) {
+			i++;
+			continue;
+		}
+		if (udd_file_take(run->file, end - i)) {
+			ret->no_vma |= bits(i, end);
+		} else if (udd_test_step(), map_store(tx, i, end, run)) {
+			// It may have unmapped what was there before it failed.
+			udd_file_map_back(run->file, pages_span(tx, i, end));
+			udd_file_put(run->file, end - i);
+			ret->no_vma |= bits(i, end);
+		} else {
+			ret->merged |= bits(i, end);
+		}
+		i = end;
+	}
+	udd_test_count(UDD_TEST_TRANSACTIONS, 1);
+}
+
 // Pages of staging used since it was last emptied.
 static unsigned staging_used;
 
@@ -585,11 +656,7 @@ static bool staging_take(struct transaction *tx, unsigned pages)
 static void merge_locked(struct transaction *tx, const struct udd_run *run, int segment, uint64_t now,
 			 struct udd_merge_result *ret)
 {
-	struct udd_run_entry entry = {
-		.slot = run->slot,
-		.segment = (uint16_t)segment,
-		.protection = PROT_READ | PROT_WRITE,
-	};
+	struct udd_run_entry entry = {.slot = run->slot, .segment = (uint16_t)segment};
 
 	for (unsigned from = 0; from < run->pages;) {
 		uint64_t address = tx->base + udd_bytes(from);
@@ -620,10 +687,29 @@ static void merge_locked(struct transaction *tx, const struct udd_run *run, int 
 					to = page;
 			}
 			entry.attributes = (uint8_t)candidate->attributes;
-			merge_stretch(tx, from, to, &entry, ret);
+			entry.file = candidate->file;
+			entry.protection = candidate->file ? (uint8_t)udd_agent.files[candidate->file - 1].protection
+							   : PROT_READ | PROT_WRITE;
+			if (candidate->file)
+				merge_file(tx, from, to, &entry, ret);
+			else
+				merge_stretch(tx, from, to, &entry, ret);
 		}
 		from = to;
 	}
+}
+
+static bool is_about_files(const struct udd_run *run)
+{
+	const struct udd_layout *layout = &udd_agent.layout;
+	const struct udd_candidate *candidate = udd_layout_find(layout, run->address);
+
+	for (; candidate && candidate < layout->candidates + layout->count && candidate->start < run->address + udd_bytes(run->pages);
+	     candidate++) {
+		if (candidate->file)
+			return true;
+	}
+	return false;
 }
 
 void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
@@ -646,6 +732,9 @@ void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 		ret->no_vma = all;
 		return;
 	}
+	udd_refresh_layout_of((struct udd_span){run->address, run->address + udd_bytes(run->pages)});
+	if (is_about_files(run))
+		tx.same = udd_file_compare(run->address, run->pages, udd_agent.segments[segment].pages + udd_bytes(run->slot));
 	if (!staging_take(&tx, run->pages) || !udd_worker_lock(&started)) {
 		ret->busy = all;
 		return;
@@ -677,7 +766,7 @@ uint64_t udd_merge_zero(struct udd_span span)
 	if (!staging_take(&tx, pages) || !udd_worker_lock(&started))
 		return 0;
 	candidate = udd_layout_find(&udd_agent.layout, span.start);
-	if (udd_live()->merging && candidate && !candidate->stale && candidate->start <= span.start && span.end <= candidate->end &&
+	if (udd_live()->merging && candidate && !candidate->stale && !candidate->file && candidate->start <= span.start && span.end <= candidate->end &&
 	    !udd_merged_in(span) && !udd_uffd_register(span, UFFDIO_REGISTER_MODE_MISSING)) {
 		freeze(&tx, 0, pages);
 		udd_test_step();

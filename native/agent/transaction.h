@@ -30,6 +30,9 @@ void udd_hold_off(struct udd_span span);
 // doesn't. To be asked before merged pages are replaced.
 struct udd_span udd_still_merged(struct udd_span span);
 
+// Bit i: page i of `span` (at most UDD_RUN_MAX pages) is a private copy, not a page of the mapped file. 0 or a negative errno.
+int udd_private_copies(struct udd_span span, uint64_t *ret);
+
 // The longest time the worker held the map lock is kept in the statistics; this is the shared prologue and epilogue.
 bool udd_worker_lock(uint64_t *started);
 void udd_worker_unlock(uint64_t started);

@@ -45,14 +45,21 @@ void udd_uffd_wake(struct udd_span span)
 	udd_sys(SYS_ioctl, udd_uffd(), UFFDIO_WAKE, &range);
 }
 
-int udd_uffd_protect(struct udd_span span, bool protect)
+static int write_protect(struct udd_span span, uint64_t mode)
 {
-	struct uffdio_writeprotect arg = {
-		.range = {.start = span.start, .len = span.end - span.start},
-		.mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
-	};
+	struct uffdio_writeprotect arg = {.range = {.start = span.start, .len = span.end - span.start}, .mode = mode};
 
 	return (int)udd_sys(SYS_ioctl, udd_uffd(), UFFDIO_WRITEPROTECT, &arg);
+}
+
+int udd_uffd_protect(struct udd_span span, bool protect)
+{
+	return write_protect(span, protect ? UFFDIO_WRITEPROTECT_MODE_WP : 0);
+}
+
+int udd_uffd_unprotect_asleep(struct udd_span span)
+{
+	return write_protect(span, UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
 }
 
 // Maps the store's pages, write-protected. Pages that are mapped already are passed over, and *found set.

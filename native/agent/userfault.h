@@ -21,6 +21,8 @@ void udd_uffd_unregister(struct udd_span span);
 void udd_uffd_wake(struct udd_span span);
 // Sets write protection, or lifts it and wakes those who wait for that.
 int udd_uffd_protect(struct udd_span span, bool protect);
+// Lifts it, and wakes nobody.
+int udd_uffd_unprotect_asleep(struct udd_span span);
 // Maps the store's pages, write-protected. Pages that are mapped already are passed over, and *found set.
 int udd_uffd_continue(struct udd_span span, bool *found);
 // Moves pages without waking anyone. Returns bytes moved; *error says why it stopped short.

@@ -181,6 +181,8 @@ static bool say_hello(const struct worker *worker)
 
 	if (udd_live()->uffd == 0 && worker->device < 0)
 		hello.flags |= UDD_HELLO_NEED_UFFD;
+	if (udd_agent.quiet)
+		hello.flags |= UDD_HELLO_QUIET;
 	if (worker->ever_joined)
 		hello.flags |= UDD_HELLO_REJOIN;
 	else if (udd_agent.run_pages)
@@ -216,7 +218,7 @@ static int start_faults(struct worker *worker, int device)
 	return 0;
 }
 
-static int use_shared_area(struct worker *worker, int fd)
+static int use_shared_area(struct worker *worker, int fd, uint64_t mount_dev)
 {
 	struct udd_live *live = udd_live();
 	uint64_t merged = live->stats->pages_merged;
@@ -235,6 +237,7 @@ static int use_shared_area(struct worker *worker, int fd)
 	worker->scan.shared_fd = fd;
 	stats = (struct udd_stats *)(worker->shared + UDD_SHARED_STATS);
 	udd_lock_exclusive(&live->lock, 0);
+	udd_files_choose(mount_dev);
 	*stats = live->own_stats;
 	stats->pages_merged = merged;
 	stats->runs = udd_agent.runs.count;
@@ -259,6 +262,7 @@ static void leave_shared_area(struct worker *worker)
 	live->own_stats.merging = 0;
 	live->stats = &live->own_stats;
 	live->drops = NULL;
+	udd_agent.files_served = 0;
 	__atomic_store_n(&live->hints, NULL, __ATOMIC_RELEASE);
 	udd_unlock_exclusive(&live->lock);
 	udd_close(worker->scan.shared_fd);
@@ -287,7 +291,7 @@ static int join(struct worker *worker)
 	ret = start_faults(worker, message.fds[1]);
 	udd_close(message.fds[1]);
 	if (!ret)
-		ret = use_shared_area(worker, message.fds[0]);
+		ret = use_shared_area(worker, message.fds[0], welcome->mount_dev);
 	if (ret) {
 		udd_close(message.fds[0]);
 		udd_stop_merging(ret == -EPERM ? "no permission for userfaultfd" : "userfaultfd or memory is not to be had");
@@ -295,10 +299,11 @@ static int join(struct worker *worker)
 	}
 	udd_agent.engine_id[0] = welcome->engine_id[0];
 	udd_agent.engine_id[1] = welcome->engine_id[1];
-	live->mount_dev = welcome->mount_dev;
 	live->holdoff_ns = (uint64_t)welcome->holdoff_ms * 1000000;
 	live->vma_limit = welcome->vma_limit;
 	worker->scan.flags = welcome->flags;
+	if (welcome->flags & UDD_CONFIG_QUIET)
+		udd_agent.quiet = true;
 	worker->ever_joined = true;
 	udd_arm_runs();
 	if (udd_agent.reason[0]) {
@@ -356,7 +361,9 @@ static size_t answer_unmerge(struct worker *worker, const struct udd_header *hea
 	struct udd_header *ret = (struct udd_header *)worker->answer;
 	const struct udd_range *ranges = (const struct udd_range *)(header + 1);
 
-	if (header->count == 0)
+	if (header->count == 0 && header->value)
+		ret->value = udd_files_unmerge(header->value);
+	else if (header->count == 0)
 		ret->value = udd_unmerge((struct udd_span){0, UINT64_MAX});
 	for (uint32_t i = 0; i < header->count; i++)
 		ret->value += udd_unmerge((struct udd_span){ranges[i].address, ranges[i].address + udd_bytes(ranges[i].pages)});

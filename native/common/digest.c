@@ -12,6 +12,11 @@ struct udd_digest udd_digest_page_sse2(const void *page)
 	return (struct udd_digest){.low = hash.low64, .high = hash.high64};
 }
 
+uint64_t udd_digest_part(const void *part, size_t bytes)
+{
+	return XXH3_64bits(part, bytes);
+}
+
 struct udd_digest udd_digest_page(const void *page)
 {
 	return __builtin_cpu_supports("avx2") ? udd_digest_page_avx2(page) : udd_digest_page_sse2(page);

@@ -4,6 +4,8 @@
 #ifndef UDD_DIGEST_H
 #define UDD_DIGEST_H
 
+#include <stddef.h>
+
 #include "wire.h"
 
 struct udd_digest {
@@ -13,6 +15,9 @@ struct udd_digest {
 
 // As fast as the processor can.
 struct udd_digest udd_digest_page(const void *page);
+
+// What tells two contents of a part of a page apart. Not for look-ups: the same on every processor.
+uint64_t udd_digest_part(const void *part, size_t bytes);
 
 // The same on every x86-64, and for processors with AVX2: two to three times as fast.
 struct udd_digest udd_digest_page_sse2(const void *page);

@@ -22,7 +22,7 @@
 
 enum {
 	UDD_MAGIC = 0x44445555, // "UUDD"
-	UDD_WIRE_VERSION = 3,
+	UDD_WIRE_VERSION = 4,
 	UDD_PAGE_SHIFT = 12,
 	UDD_PAGE_SIZE = 4096,
 
@@ -37,8 +37,10 @@ enum {
 	// Most items of one message, and most pages of one run in UDD_MERGE (results are bit masks).
 	UDD_ITEMS_MAX = 512,
 	UDD_RUN_MAX = 64,
-	// Most pages one UDD_VISIT or UDD_SCAN answers for (one page report each).
+	// Most page reports in one answer, and most pages of one UDD_VISIT.
 	UDD_REPORTS_MAX = 2016,
+	// Most pages that one UDD_SCAN visits; it ends early once it has nothing left to report with.
+	UDD_SCAN_MAX = 8192,
 	// Pages of the copy area: a copy of every page that one UDD_VISIT or UDD_SCAN reports has room.
 	UDD_COPY_SLOTS = 2016,
 	// Most pages of one UDD_COPY.
@@ -81,7 +83,9 @@ enum udd_message_type {
 	UDD_VISIT = 7,
 	UDD_COPY = 8,         // count × struct udd_range: copy these pages to the copy area, in order, densely; answer: udd_copied
 	UDD_MERGE = 9,        // count × struct udd_run; answer: count × struct udd_merge_result, in the same order
-	UDD_UNMERGE = 10,     // count × struct udd_range, none = everything; answer: header.value = pages given back
+	// count × struct udd_range, none = everything; answer: header.value = pages given back. With header.value not 0, and no ranges:
+	// mappings of the file on the mount with this inode, which may have changed, and are not merged again.
+	UDD_UNMERGE = 10,
 	// struct udd_cursor; answer: up to UDD_ITEMS_MAX × struct udd_run with address ≥ cursor, ascending. With header.value 1 the
 	// engine counts references anew: at cursor 0 all drops so far are void (header.value of the answer: the drop ring's head
 	// then), and until the last answer (no items) drops are recorded only for runs that were reported.
@@ -112,6 +116,7 @@ enum udd_hello_flags {
 	UDD_HELLO_NEED_UFFD = 1, // the agent could not open a full userfaultfd itself
 	UDD_HELLO_FORKED = 2,    // a fork child: it may hold runs inherited from its parent (engine: ask UDD_RUNS)
 	UDD_HELLO_REJOIN = 4,    // an agent whose engine went away: likewise
+	UDD_HELLO_QUIET = 8,     // it wants UDD_CONFIG_QUIET
 };
 
 // Its beginning, up to `version`, is the same in every version of the protocol.
@@ -130,6 +135,7 @@ enum udd_config_flags {
 	UDD_CONFIG_HINTS = 2,      // push place hints
 	UDD_CONFIG_SMART_SCAN = 8, // pass over pages that do not change, for up to 8 rounds
 	UDD_CONFIG_KEEP_HUGE = 4,  // zero pages inside of huge pages are reported, not merged, unless UDD_VISIT says so
+	UDD_CONFIG_QUIET = 16,     // how long a write takes must not tell whether somebody else has the page
 };
 
 struct udd_welcome {
@@ -256,6 +262,7 @@ struct udd_stats {
 enum udd_hint_flags {
 	UDD_HINT_WRITE = 1,  // the page was the source of a write (else: the target of a read)
 	UDD_HINT_ADVISE = 2, // udedup_advise()
+	UDD_HINT_MAPPED = 4, // nothing was moved: the file was mapped there, and what is read of it from now on may be its page faults
 };
 
 // Place hints: a ring that its writers overwrite. A writer takes a ticket t from `head`, writes slot t % UDD_HINT_SLOTS and

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <string.h>
+
 #include "../common/digest.h"
 #include "engine.h"
 
@@ -11,5 +13,13 @@ void udd_digest_pages(const void *pages, size_t count, uint64_t *ret)
 
 		ret[2 * i] = digest.low;
 		ret[2 * i + 1] = digest.high;
+	}
+}
+
+void udd_fill_digests(uint64_t *table, const void *digests, size_t count)
+{
+	for (size_t i = 0; i < 2 * count; i += 2) {
+		if (!table[i] && !table[i + 1])
+			memcpy(&table[i], (const char *)digests + i * sizeof(*table), 2 * sizeof(*table));
 	}
 }

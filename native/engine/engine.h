@@ -16,6 +16,8 @@
 enum {
 	// Agent numbers are 1 … UDD_AGENT_NUMBERS - 1: what fits beside a page number and a round stamp in 64 bits.
 	UDD_AGENT_NUMBERS = 1048576,
+	// Mappings of images that are remembered of one agent.
+	UDD_MAPPINGS_MAX = 64,
 	// Buckets of the lead time histogram: 4 per power of two nanoseconds.
 	UDD_LEAD_BUCKETS = 256,
 };
@@ -23,9 +25,14 @@ enum {
 // Maps an agent's shared area (UDD_SHARED_BYTES). NULL if there is no memory for it. The descriptor is not needed any more.
 void *udd_area_map(int descriptor);
 void udd_area_unmap(void *area);
+// Gives what malloc() keeps for later back to the system.
+void udd_memory_trim(void);
 
 // Digests of `count` consecutive 4096-byte pages; ret takes 2 × count words, low half first.
 void udd_digest_pages(const void *pages, size_t count, uint64_t *ret);
+
+// Enters those of `count` digests whose place in the table is empty: both words 0.
+void udd_fill_digests(uint64_t *table, const void *digests, size_t count);
 
 // ---- index.c: where is a page with this digest? ----
 
@@ -50,6 +57,13 @@ struct udd_lookup_counts {
 	uint64_t alone;      // match themselves
 };
 
+// What becomes of a page that is found nowhere else.
+enum udd_alone {
+	UDD_ALONE_CANDIDATE = 0, // it is a candidate
+	UDD_ALONE_SHARE = 1,     // it is none, but matches itself (`other`: its own agent)
+	UDD_ALONE_PARK = 2,      // it is a candidate, if the agent may have one more, and matches itself as well
+};
+
 struct udd_index *udd_index_create(void);
 void udd_index_destroy(struct udd_index *index);
 size_t udd_index_candidates(const struct udd_index *index);
@@ -58,17 +72,25 @@ size_t udd_index_bytes(const struct udd_index *index);
 
 // Most candidates of an agent. Needed before its first report: an unknown agent's limit is 0.
 int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit);
+// Most candidates of all agents together; without a limit to begin with. Those above it stay.
+void udd_index_set_most(struct udd_index *index, size_t candidates);
 // Looks reports up, in order; a page found nowhere becomes a candidate at once. Returns the number of matches (≤ count).
-// With `share_alone` a page found nowhere else is no candidate, but matches itself (`other`: its own agent).
-int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count, int share_alone,
-		     struct udd_match *ret_matches, struct udd_lookup_counts *ret);
+int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
+		     enum udd_alone alone, struct udd_match *ret_matches, struct udd_lookup_counts *ret);
 // Ends one round of an agent. Candidates not confirmed for two whole rounds of their agent are dropped by the next udd_index_age().
 void udd_index_next_round(struct udd_index *index, uint32_t agent);
 // Both return the number of candidates removed.
 size_t udd_index_age(struct udd_index *index);
 size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent);
+// Removes all candidates but parked ones and gives their memory back; returns how many they were.
+size_t udd_index_forget_candidates(struct udd_index *index);
 // Removes a candidate whose digest is `digest`; returns 1 and who it was, or 0.
 int udd_index_take_candidate(struct udd_index *index, const uint64_t *digest, uint32_t *ret_agent, uint64_t *ret_address);
+
+// A page was parked (see store.c). Nobody looks at it any more, so it is a candidate that does not age until it is unparked, which
+// removes it. Both do nothing if the candidate with this digest is another page.
+int udd_index_park(struct udd_index *index, const uint64_t *digest, uint32_t agent, uint64_t address);
+void udd_index_unpark(struct udd_index *index, const uint64_t *digest, uint32_t agent, uint64_t address);
 
 int udd_index_publish(struct udd_index *index, const uint64_t *digest, uint32_t segment, uint32_t slot);
 // 1 and the place of the slot with this digest, or 0.
@@ -124,6 +146,10 @@ void udd_hints_remove_image(struct udd_hints *hints, uint64_t inode);
 // Puts a hint on top. inode 0: not on the udedup mount. Returns the number of pages meant.
 int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address, uint64_t length, uint64_t inode,
 		       uint64_t offset, uint64_t nanoseconds);
+// Blocks [block, block + blocks) of an image were read: hints on the pages where the agent has them mapped, as far as its last
+// UDD_MAPPINGS_MAX hints of that kind say. Returns their number.
+int64_t udd_hints_read(struct udd_hints *hints, uint32_t agent, uint64_t inode, uint64_t block, uint64_t blocks,
+		       uint64_t nanoseconds);
 // Takes up to `pages` pages from an agent's ring onto the stack; `arm`: ask for a doorbell once there is more. Returns 1 if
 // something is left, 0 if not.
 int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_ring *ring, struct udd_hint_reader *reader,
@@ -135,6 +161,8 @@ size_t udd_hints_pop(struct udd_hints *hints, size_t pages, struct udd_hinted *r
 // Nothing of an agent is popped while it is held.
 int udd_hints_hold(struct udd_hints *hints, uint32_t agent, int hold);
 void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent);
+// Forgets all hints and gives their memory back; returns how many they were.
+uint32_t udd_hints_clear(struct udd_hints *hints);
 // Length of the leading part of `hinted` that is one agent's.
 size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count);
 // Splits one agent's hints into reports (digest known) and ranges (to be visited); both arrays have room for `count`.
@@ -164,6 +192,8 @@ struct udd_fresh {
 };
 
 void udd_matches_sort(struct udd_match *matches, size_t count);
+// Those of `agent` that match more than themselves; ret has room for `count`. Returns their number.
+size_t udd_matches_without_alone(uint32_t agent, const struct udd_match *matches, size_t count, struct udd_match *ret);
 // Takes out the pages of one agent's targets; both are sorted by address. Returns how many matches are left.
 size_t udd_matches_without(struct udd_match *matches, size_t count, const struct udd_target *targets, size_t target_count);
 // The next (up to UDD_COPY_MAX) pages, from *position on, whose digest no slot has yet, each digest once. Pages in stretches of
@@ -182,6 +212,11 @@ void udd_targets_sort(struct udd_target *targets, size_t count); // by agent, th
 size_t udd_target_group(const struct udd_target *targets, size_t count);
 // One agent's sorted targets as runs of at most UDD_RUN_MAX pages; stretches of fewer than `least` pages are left out and counted.
 size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t least, struct udd_run *ret, uint64_t *ret_deferred);
+// The matches of `agent` whose page is in none of `runs`, as if they matched themselves; both are sorted by address, ret has room
+// for `count`. Returns their number.
+size_t udd_matches_outside(uint32_t agent, const struct udd_match *matches, size_t count, const struct udd_run *runs,
+			   size_t run_count, struct udd_match *ret);
+void udd_runs_sort(struct udd_run *runs, size_t count); // by address
 // Distinct segments of runs; returns how many there are, of which at most `max` are written.
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max);
 
@@ -246,6 +281,8 @@ struct udd_store *udd_store_create(void);
 void udd_store_destroy(struct udd_store *store); // its memory goes with the last of its holders
 // `base`: the engine's own writable mapping of the segment.
 int udd_store_add_segment(struct udd_store *store, uint32_t segment, void *base);
+// An empty segment is for this agent's parked pages, and nobody else is given it.
+int udd_store_own_segment(struct udd_store *store, uint32_t segment, uint32_t agent);
 // Digests, 2 words each, of all slots of an earlier engine's segment, which nobody can write to any more; 0, 0 for those that are
 // all zero. Returns the number of slots up to the last that is not. Touches nothing else: the one function for any thread.
 int udd_segment_digests(int descriptor, uint64_t *ret);
@@ -269,8 +306,20 @@ int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t fr
 size_t udd_plan_moves(uint32_t agent, const struct udd_run *runs, size_t count, uint32_t from, const struct udd_move *moves,
 		      struct udd_target *ret, size_t max);
 
+// One more user of the store, who ends with udd_store_destroy(). Returns it.
+struct udd_store *udd_store_keep(struct udd_store *store);
+// The segments' memory is about to go: nothing is found in them any more.
+void udd_store_close(struct udd_store *store);
+// The page in a slot, valid until its segment is removed or the store closed; NULL: there is none.
+const char *udd_store_slot(const struct udd_store *store, uint32_t segment, uint32_t slot);
+
 struct udd_holder *udd_holder_create(struct udd_store *store);
 void udd_holder_destroy(struct udd_holder *holder); // gives all its references back
+// Whose it is, and who is to be told when its parked pages are none any more; `index` must live until it is cleared for good.
+void udd_holder_tell(struct udd_holder *holder, struct udd_index *index, uint32_t agent);
+// Tells it of the pages that are parked: of runs that were taken (an answer to UDD_MERGE) or adopted (`results`: NULL), those that are
+// so still.
+int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const struct udd_merge_result *results, size_t count);
 void udd_holder_clear(struct udd_holder *holder);
 uint64_t udd_holder_pages(const struct udd_holder *holder);
 uint64_t udd_holder_segment_pages(const struct udd_holder *holder, uint32_t segment);
@@ -296,6 +345,57 @@ struct udd_smaps {
 
 // Sums up an open /proc/PID/smaps.
 int udd_smaps_read(int fd, struct udd_smaps *ret);
+
+// ---- shelf.c: which blocks of an image can be had from the store ----
+
+struct udd_watch; // an image's files, and whether they have changed
+struct udd_shelf; // an image's blocks that are in one store
+
+enum {
+	// Stretches of a read that the store does not have, more than which make it a read of the files.
+	UDD_GAPS_MAX = 16,
+};
+
+struct udd_gap {
+	uint32_t start; // byte of the read
+	uint32_t end;
+};
+
+struct udd_taken {
+	const char *data; // the bytes, or the buffer
+	uint64_t epoch;   // in which the image has them
+	struct udd_gap gaps[UDD_GAPS_MAX];
+};
+
+struct udd_put_counts {
+	uint64_t entered;   // blocks that were not there before
+	uint64_t differing; // blocks with another content than the slot with their digest
+};
+
+// Descriptors stay the caller's. Files that changed less than `settle_ns` ago are not relied on yet. NULL: no memory.
+struct udd_watch *udd_watch_create(const int *descriptors, uint32_t count, uint64_t settle_ns);
+void udd_watch_destroy(struct udd_watch *watch);
+// Between two calls that give the same number the files have not changed. 0: that can't be told.
+uint64_t udd_watch_epoch(struct udd_watch *watch);
+
+// NULL: no memory, or no addresses.
+struct udd_shelf *udd_shelf_create(struct udd_store *store, uint64_t blocks);
+void udd_shelf_destroy(struct udd_shelf *shelf);
+// Finds [offset, offset + size) of the image, at most 1 MiB. Returns the number of gaps that are left in `buffer`, which has room
+// for all; with 0 of them the bytes are at ret->data, valid as long as their segment. -ENOENT: nothing is there.
+int udd_shelf_take(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t offset, size_t size, char *buffer,
+		   struct udd_taken *ret);
+// A bit for each of up to 64 blocks that is on the shelf.
+uint64_t udd_shelf_there(const struct udd_shelf *shelf, uint64_t first, uint32_t count);
+// Likewise, of those too that may be on it once they have been compared.
+uint64_t udd_shelf_nominees(const struct udd_shelf *shelf, const struct udd_index *index, const uint64_t *digests, uint64_t first,
+			    uint32_t count);
+// Compares blocks, whose content at `data` was read in `epoch`, with what the index has for their digests (two words for each block
+// of the image), and enters those that are equal. Returns how many of them are on the shelf now.
+uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t epoch, const struct udd_index *index,
+		       const uint64_t *digests, uint64_t first, uint32_t count, const char *data, struct udd_put_counts *ret);
+// Takes off the shelf what the image has been given new content for.
+void udd_shelf_drop(struct udd_shelf *shelf, uint64_t first, uint64_t count);
 
 // ---- sample.c: what has really been merged, seen from outside ----
 

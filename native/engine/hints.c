@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "../common/digest.h"
@@ -38,6 +39,14 @@ struct entry {
 	uint32_t older;       // towards the bottom; of a free entry: the next free one
 };
 
+// Where an agent said that it mapped an image. It does not say when that ends: a hint too many is found out by the agent.
+struct mapping {
+	uint64_t inode; // 0: none
+	uint64_t offset;
+	uint64_t address;
+	uint64_t length;
+};
+
 // One agent's hints.
 struct lane {
 	uint32_t agent;
@@ -46,6 +55,8 @@ struct lane {
 	uint32_t depth;
 	uint32_t quota; // of the pop under way
 	bool held;      // not popped from for now
+	uint32_t mapped; // how often it mapped one
+	struct mapping *mappings; // UDD_MAPPINGS_MAX, a ring; NULL: none yet
 };
 
 struct image {
@@ -250,6 +261,8 @@ void udd_hints_destroy(struct udd_hints *hints)
 {
 	free(hints->entries);
 	free(hints->buckets);
+	for (uint32_t i = 0; i < hints->lane_count; i++)
+		free(hints->lanes[i].mappings);
 	free(hints->lanes);
 	free(hints->images);
 	free(hints);
@@ -382,6 +395,53 @@ int64_t udd_hints_push(struct udd_hints *hints, uint32_t agent, uint64_t address
 	return ret ? ret : (int64_t)part_push(&part, hints, lane, UINT64_MAX);
 }
 
+// Remembers one in the place of the one that was there, else of the oldest. 0 or a negative errno.
+static int note_mapping(struct lane *lane, const struct udd_hint *hint)
+{
+	if (hint->address % UDD_PAGE_SIZE || hint->offset % UDD_PAGE_SIZE || hint->offset > INT64_MAX ||
+	    !(hint->nanoseconds & HINT_ON_MOUNT) || hint->address >= ADDRESS_END)
+		return -EINVAL;
+	if (!lane->mappings)
+		lane->mappings = calloc(UDD_MAPPINGS_MAX, sizeof(*lane->mappings));
+	if (!lane->mappings)
+		return -ENOMEM;
+	uint32_t at = 0;
+
+	while (at < UDD_MAPPINGS_MAX && !(lane->mappings[at].inode && lane->mappings[at].address == hint->address))
+		at++;
+	if (at == UDD_MAPPINGS_MAX)
+		at = lane->mapped++ % UDD_MAPPINGS_MAX;
+	lane->mappings[at] = (struct mapping){
+		.inode = hint->inode,
+		.offset = hint->offset,
+		.address = hint->address,
+		.length = hint->length,
+	};
+	return 0;
+}
+
+int64_t udd_hints_read(struct udd_hints *hints, uint32_t agent, uint64_t inode, uint64_t block, uint64_t blocks,
+		       uint64_t nanoseconds)
+{
+	struct lane *lane = lane_find(hints, agent);
+	uint64_t start = block << UDD_PAGE_SHIFT;
+	uint64_t end = start + (blocks << UDD_PAGE_SHIFT);
+	int64_t pushed = 0;
+
+	for (uint32_t i = 0; lane && lane->mappings && i < UDD_MAPPINGS_MAX; i++) {
+		const struct mapping *mapping = &lane->mappings[i];
+		uint64_t from = start > mapping->offset ? start : mapping->offset;
+		uint64_t to = end < mapping->offset + mapping->length ? end : mapping->offset + mapping->length;
+		struct udd_hint_part part;
+
+		if (mapping->inode != inode || from >= to ||
+		    part_init(&part, hints, mapping->address + (from - mapping->offset), to - from, inode, from, nanoseconds))
+			continue;
+		pushed += (int64_t)part_push(&part, hints, lane, UINT64_MAX);
+	}
+	return pushed;
+}
+
 static uint64_t now_ns(void)
 {
 	struct timespec now;
@@ -436,6 +496,12 @@ int udd_hints_drain(struct udd_hints *hints, uint32_t agent, struct udd_hint_rin
 				break;
 		}
 		reader->stuck_since = 0;
+		if (taken == 1 && hint.flags & UDD_HINT_MAPPED) {
+			ret->dropped += note_mapping(lane, &hint) != 0;
+			records++;
+			left--;
+			continue;
+		}
 		if (taken != 1 || part_init(&reader->part, hints, hint.address, hint.length,
 					    hint.nanoseconds & HINT_ON_MOUNT ? hint.inode : 0, hint.offset,
 					    hint.nanoseconds & ~HINT_ON_MOUNT)) {
@@ -551,7 +617,34 @@ void udd_hints_forget_agent(struct udd_hints *hints, uint32_t agent)
 		return;
 	while (lane->depth)
 		entry_release(hints, lane, lane->top);
+	free(lane->mappings);
 	memmove(lane, lane + 1, (hints->lanes + hints->lane_count-- - (lane + 1)) * sizeof(*lane));
+}
+
+// Only what lies in whole pages goes back: the array may have neighbours.
+static void give_back(void *array, size_t bytes)
+{
+	uintptr_t begin = ((uintptr_t)array + UDD_PAGE_SIZE - 1) & -(uintptr_t)UDD_PAGE_SIZE;
+	uintptr_t end = ((uintptr_t)array + bytes) & -(uintptr_t)UDD_PAGE_SIZE;
+
+	if (begin < end)
+		madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+uint32_t udd_hints_clear(struct udd_hints *hints)
+{
+	uint32_t depth = hints->depth;
+
+	for (uint32_t i = 0; i < hints->lane_count; i++) {
+		while (hints->lanes[i].depth)
+			entry_release(hints, &hints->lanes[i], hints->lanes[i].top);
+	}
+	// Nothing is in use now: all keys and buckets are 0, as if they had never been used.
+	give_back(hints->entries, hints->slots * sizeof(*hints->entries));
+	give_back(hints->buckets, ((size_t)hints->bucket_mask + 1) * sizeof(*hints->buckets));
+	hints->free = NONE;
+	hints->fresh = 0;
+	return depth;
 }
 
 size_t udd_hinted_group(const struct udd_hinted *hinted, size_t count)

@@ -6,6 +6,8 @@
 // depends on a secret, because digests come from agents, and one that could choose where its entries land could make every
 // look-up slow.
 //
+// Candidates that nobody looks at any more, because their pages are parked (see store.c), are in a table of their own.
+//
 // The index does not know whether a candidate still has the content it had; merges are verified where the page lives.
 #include <errno.h>
 #include <stdlib.h>
@@ -45,7 +47,9 @@ struct agent_state {
 
 struct udd_index {
 	struct table candidates; // value: agent number, page number, low bits of the agent's round
+	struct table parked;     // candidates that don't age: no digest is in both. Value: likewise, without the round
 	struct table shared;     // value: segment, slot
+	size_t most;             // candidates that are not parked
 	uint64_t secret[2];
 	struct agent_state *agents; // by number
 	uint32_t agents_capacity;
@@ -66,6 +70,11 @@ static uint32_t candidate_agent(uint64_t value)
 static uint64_t candidate_address(uint64_t value)
 {
 	return (value >> STAMP_BITS & ((1ULL << PAGE_BITS) - 1)) << UDD_PAGE_SHIFT;
+}
+
+static int entry_is(const struct entry *entry, uint32_t agent, uint64_t address)
+{
+	return candidate_agent(entry->value) == agent && candidate_address(entry->value) == address;
 }
 
 static size_t table_home(const struct udd_index *index, const struct table *table, uint64_t low, uint64_t high)
@@ -175,18 +184,21 @@ struct udd_index *udd_index_create(void)
 
 	if (!index)
 		return NULL;
-	if (table_init(&index->candidates, INITIAL_CAPACITY) < 0 || table_init(&index->shared, INITIAL_CAPACITY) < 0 ||
+	if (table_init(&index->candidates, INITIAL_CAPACITY) < 0 || table_init(&index->parked, INITIAL_CAPACITY) < 0 ||
+	    table_init(&index->shared, INITIAL_CAPACITY) < 0 ||
 	    getrandom(index->secret, sizeof(index->secret), 0) != sizeof(index->secret)) {
 		udd_index_destroy(index);
 		return NULL;
 	}
 	index->zero = udd_digest_page(zero_page);
+	index->most = SIZE_MAX;
 	return index;
 }
 
 void udd_index_destroy(struct udd_index *index)
 {
 	table_deinit(&index->candidates);
+	table_deinit(&index->parked);
 	table_deinit(&index->shared);
 	free(index->agents);
 	free(index);
@@ -194,7 +206,7 @@ void udd_index_destroy(struct udd_index *index)
 
 size_t udd_index_candidates(const struct udd_index *index)
 {
-	return index->candidates.count;
+	return index->candidates.count + index->parked.count;
 }
 
 size_t udd_index_shared(const struct udd_index *index)
@@ -204,7 +216,7 @@ size_t udd_index_shared(const struct udd_index *index)
 
 size_t udd_index_bytes(const struct udd_index *index)
 {
-	return (index->candidates.capacity + index->shared.capacity) * sizeof(struct entry) +
+	return (index->candidates.capacity + index->parked.capacity + index->shared.capacity) * sizeof(struct entry) +
 	       index->agents_capacity * sizeof(struct agent_state);
 }
 
@@ -224,6 +236,11 @@ int udd_index_set_limit(struct udd_index *index, uint32_t agent, uint32_t limit)
 	}
 	index->agents[agent].limit = limit;
 	return 0;
+}
+
+void udd_index_set_most(struct udd_index *index, size_t candidates)
+{
+	index->most = candidates;
 }
 
 // Rounds in which the agent will not look at the page.
@@ -259,8 +276,27 @@ static void index_prefetch(const struct udd_index *index, const struct udd_repor
 	__builtin_prefetch(&index->candidates.entries[table_home(index, &index->candidates, low, high)]);
 }
 
-int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count, int share_alone,
-		     struct udd_match *ret_matches, struct udd_lookup_counts *ret)
+// The candidate with a digest, parked or not, or the free entry where it would go.
+static struct entry *index_candidate(const struct udd_index *index, uint64_t low, uint64_t high)
+{
+	struct entry *entry = table_slot(index, &index->parked, low, high);
+
+	return entry->value ? entry : table_slot(index, &index->candidates, low, high);
+}
+
+static int index_is_parked(const struct udd_index *index, const struct entry *entry)
+{
+	return entry >= index->parked.entries && entry < index->parked.entries + index->parked.capacity;
+}
+
+static void index_remove_candidate(struct udd_index *index, struct entry *entry)
+{
+	index->agents[candidate_agent(entry->value)].count--;
+	table_remove(index, index_is_parked(index, entry) ? &index->parked : &index->candidates, entry);
+}
+
+int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_report *reports, size_t count,
+		     enum udd_alone alone, struct udd_match *ret_matches, struct udd_lookup_counts *ret)
 {
 	int matches = 0;
 
@@ -291,46 +327,46 @@ int udd_index_lookup(struct udd_index *index, uint32_t agent, const struct udd_r
 			ret_matches[matches++] = (struct udd_match){.address = report->address, .digest = {low, high}};
 			continue;
 		}
-		struct entry *entry = table_slot(index, &index->candidates, low, high);
-		int own = candidate_agent(entry->value) == agent && candidate_address(entry->value) == report->address;
+		struct entry *entry = index_candidate(index, low, high);
+		int own = entry_is(entry, agent, report->address);
+		struct udd_match match = {
+			.address = report->address,
+			.digest = {low, high},
+			.other = entry->value ? candidate_agent(entry->value) : agent,
+			.copy = copy,
+			.other_address = entry->value ? candidate_address(entry->value) : report->address,
+		};
 
-		if (share_alone && (!entry->value || own)) {
-			// Left there, it would be found as its own older twin.
-			if (own) {
-				state->count--;
-				table_remove(index, &index->candidates, entry);
-			}
+		if (entry->value && !own) {
+			ret->candidates++;
+			ret_matches[matches++] = match;
+			continue;
+		}
+		if (alone != UDD_ALONE_CANDIDATE) {
 			ret->alone++;
-			ret_matches[matches++] = (struct udd_match){
-				.address = report->address,
-				.digest = {low, high},
-				.other = agent,
-				.copy = copy,
-				.other_address = report->address,
-			};
-		} else if (!entry->value) {
-			if (state->count >= state->limit) {
-				ret->refused++;
-				continue;
-			}
-			int r = index_insert_candidate(index, state, agent, report);
-
-			if (r < 0)
-				return r;
-			ret->inserted++;
-		} else if (own) {
+			ret_matches[matches++] = match;
+		}
+		// Left there, a page that is shared alone would be found as its own older twin; and one that was parked no longer is.
+		if (own && (alone == UDD_ALONE_SHARE || index_is_parked(index, entry))) {
+			index_remove_candidate(index, entry);
+			own = 0;
+		}
+		if (alone == UDD_ALONE_SHARE)
+			continue;
+		if (own) {
 			entry->value = candidate_value(agent, report->address, state->round + report_skips(report));
 			ret->own++;
-		} else {
-			ret->candidates++;
-			ret_matches[matches++] = (struct udd_match){
-				.address = report->address,
-				.digest = {low, high},
-				.other = candidate_agent(entry->value),
-				.copy = copy,
-				.other_address = candidate_address(entry->value),
-			};
+			continue;
 		}
+		if (state->count >= state->limit || index->candidates.count >= index->most) {
+			ret->refused++;
+			continue;
+		}
+		int r = index_insert_candidate(index, state, agent, report);
+
+		if (r < 0)
+			return r;
+		ret->inserted++;
 	}
 	return matches;
 }
@@ -341,9 +377,9 @@ void udd_index_next_round(struct udd_index *index, uint32_t agent)
 		index->agents[agent].round++;
 }
 
-static size_t index_sweep(struct udd_index *index, uint32_t agent)
+// Removes an agent's candidates; 0: all that are stale.
+static size_t index_sweep(struct udd_index *index, struct table *table, uint32_t agent)
 {
-	struct table *table = &index->candidates;
 	size_t removed = 0;
 
 	for (size_t i = 0; i < table->capacity; i++) {
@@ -367,30 +403,77 @@ static size_t index_sweep(struct udd_index *index, uint32_t agent)
 
 size_t udd_index_age(struct udd_index *index)
 {
-	return index_sweep(index, 0);
+	return index_sweep(index, &index->candidates, 0);
 }
 
 size_t udd_index_forget_agent(struct udd_index *index, uint32_t agent)
 {
 	if (agent == 0 || agent >= index->agents_capacity)
 		return 0;
-	size_t removed = index->agents[agent].count ? index_sweep(index, agent) : 0;
+	size_t removed = 0;
 
+	if (index->agents[agent].count)
+		removed = index_sweep(index, &index->candidates, agent) + index_sweep(index, &index->parked, agent);
 	index->agents[agent] = (struct agent_state){0};
+	return removed;
+}
+
+size_t udd_index_forget_candidates(struct udd_index *index)
+{
+	struct table *table = &index->candidates;
+	size_t removed = table->count;
+
+	for (size_t i = 0; i < table->capacity; i++) {
+		if (table->entries[i].value)
+			index->agents[candidate_agent(table->entries[i].value)].count--;
+	}
+	memset(table->entries, 0, table->capacity * sizeof(struct entry));
+	table->count = 0;
+	table_shrink(index, table);
 	return removed;
 }
 
 int udd_index_take_candidate(struct udd_index *index, const uint64_t *digest, uint32_t *ret_agent, uint64_t *ret_address)
 {
-	struct entry *entry = table_slot(index, &index->candidates, digest[0], digest[1]);
+	struct entry *entry = index_candidate(index, digest[0], digest[1]);
 
 	if (!entry->value)
 		return 0;
 	*ret_agent = candidate_agent(entry->value);
 	*ret_address = candidate_address(entry->value);
-	index->agents[*ret_agent].count--;
-	table_remove(index, &index->candidates, entry);
+	index_remove_candidate(index, entry);
 	return 1;
+}
+
+int udd_index_park(struct udd_index *index, const uint64_t *digest, uint32_t agent, uint64_t address)
+{
+	int r = table_reserve(index, &index->parked);
+	struct entry *entry = index_candidate(index, digest[0], digest[1]);
+
+	if (r < 0 || agent >= index->agents_capacity)
+		return r;
+	if (entry->value && (!entry_is(entry, agent, address) || index_is_parked(index, entry)))
+		return 0;
+	if (entry->value)
+		index_remove_candidate(index, entry);
+	if (index->agents[agent].count >= index->agents[agent].limit)
+		return 0;
+	*table_slot(index, &index->parked, digest[0], digest[1]) = (struct entry){
+		.low = digest[0],
+		.high = digest[1],
+		.value = candidate_value(agent, address, 0),
+	};
+	index->parked.count++;
+	index->agents[agent].count++;
+	return 0;
+}
+
+void udd_index_unpark(struct udd_index *index, const uint64_t *digest, uint32_t agent, uint64_t address)
+{
+	struct entry *entry = table_slot(index, &index->parked, digest[0], digest[1]);
+
+	if (entry_is(entry, agent, address))
+		index_remove_candidate(index, entry);
 }
 
 int udd_index_publish(struct udd_index *index, const uint64_t *digest, uint32_t segment, uint32_t slot)

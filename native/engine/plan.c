@@ -38,6 +38,36 @@ size_t udd_matches_without(struct udd_match *matches, size_t count, const struct
 	return kept;
 }
 
+size_t udd_matches_without_alone(uint32_t agent, const struct udd_match *matches, size_t count, struct udd_match *ret)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		if (matches[i].other != agent || matches[i].other_address != matches[i].address)
+			ret[kept++] = matches[i];
+	}
+	return kept;
+}
+
+size_t udd_matches_outside(uint32_t agent, const struct udd_match *matches, size_t count, const struct udd_run *runs,
+			   size_t run_count, struct udd_match *ret)
+{
+	size_t kept = 0, r = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		uint64_t address = matches[i].address;
+
+		while (r < run_count && runs[r].address + (uint64_t)runs[r].pages * UDD_PAGE_SIZE <= address)
+			r++;
+		if (r < run_count && runs[r].address <= address)
+			continue;
+		ret[kept] = matches[i];
+		ret[kept].other = agent;
+		ret[kept++].other_address = address;
+	}
+	return kept;
+}
+
 // End of the stretch of pages, adjacent in memory, that starts at `start` and waits for new slots.
 static size_t stretch_end(const struct udd_match *matches, size_t count, size_t start)
 {
@@ -201,6 +231,18 @@ size_t udd_plan_runs(const struct udd_target *targets, size_t count, uint32_t le
 		}
 	}
 	return runs;
+}
+
+static int run_compare(const void *left, const void *right)
+{
+	const struct udd_run *a = left, *b = right;
+
+	return a->address < b->address ? -1 : a->address > b->address;
+}
+
+void udd_runs_sort(struct udd_run *runs, size_t count)
+{
+	qsort(runs, count, sizeof(*runs), run_compare);
 }
 
 size_t udd_run_segments(const struct udd_run *runs, size_t count, uint32_t *ret, size_t max)

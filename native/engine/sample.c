@@ -66,7 +66,8 @@ struct udd_sampler {
 	size_t latency_room;
 	struct udd_sample sample; // the last one
 	uint64_t zero_digest;
-	uint8_t *buffer; // BATCH pages
+	uint8_t *buffer;   // BATCH pages
+	struct table seen; // digests by frame, of the sample being taken: what is merged is read once
 };
 
 static uint64_t mix(uint64_t key)
@@ -218,6 +219,13 @@ static int places_add(struct places *places, struct place place)
 	return 0;
 }
 
+// What is on a frame is remembered as far as there is room.
+static void remember(struct table *seen, uint64_t frame, uint64_t digest)
+{
+	if (seen->used * 2 <= seen->mask)
+		*table_at(seen, frame) = digest;
+}
+
 // A stretch of present pages, at most BATCH. What is gone meanwhile is left out.
 static int read_stretch(struct udd_sampler *sampler, const struct process *process, uint64_t page, const uint64_t *entries,
 			size_t count, struct places *ret)
@@ -235,8 +243,43 @@ static int read_stretch(struct udd_sampler *sampler, const struct process *proce
 
 		if (r)
 			return r;
+		remember(&sampler->seen, place.frame, place.digest);
 	}
 	return 0;
+}
+
+// What is on the frame of a pagemap entry, if it was read in this sample; 0 if not, or if no page is there.
+static uint64_t seen_at(const struct udd_sampler *sampler, uint64_t entry)
+{
+	uint64_t frame = entry & PAGEMAP_PRESENT ? entry & PAGEMAP_FRAME : 0;
+	const uint64_t *seen = frame ? table_find(&sampler->seen, frame) : NULL;
+
+	return seen ? *seen : 0;
+}
+
+// The first present pages of some that follow each other: one that was seen, or as many as were not. `ret_next`: how many
+// entries that took.
+static int read_some(struct udd_sampler *sampler, const struct process *process, uint64_t page, const uint64_t *entries,
+		     size_t count, struct places *ret, size_t *ret_next)
+{
+	uint64_t seen = seen_at(sampler, entries[0]);
+	size_t next = 1;
+
+	if (seen) {
+		struct place place = {
+			.page = page,
+			.pid = process->pid,
+			.digest = seen,
+			.frame = entries[0] & PAGEMAP_FRAME,
+		};
+
+		*ret_next = 1;
+		return places_add(ret, place);
+	}
+	while (next < count && entries[next] & PAGEMAP_PRESENT && !seen_at(sampler, entries[next]))
+		next++;
+	*ret_next = next;
+	return read_stretch(sampler, process, page, entries, next, ret);
 }
 
 // All present pages of a mapping.
@@ -252,12 +295,11 @@ static int read_mapping(struct udd_sampler *sampler, const struct process *proce
 
 		if (!count)
 			return 0;
-		for (size_t first = 0, next; first < count; first = next) {
-			bool present = entries[first] & PAGEMAP_PRESENT;
-
-			for (next = first + 1; next < count && present == !!(entries[next] & PAGEMAP_PRESENT); next++)
-				;
-			int r = present ? read_stretch(sampler, process, page + first, entries + first, next - first, ret) : 0;
+		for (size_t first = 0, taken = 1; first < count; first += taken) {
+			taken = 1;
+			int r = entries[first] & PAGEMAP_PRESENT
+					? read_some(sampler, process, page + first, entries + first, count - first, ret, &taken)
+					: 0;
 
 			if (r)
 				return r;
@@ -440,7 +482,7 @@ int udd_sampler_take(struct udd_sampler *sampler, const uint32_t *pids, size_t c
 {
 	struct places places = {0};
 	struct table contents = {0}, frames = {0};
-	int r = 0;
+	int r = table_init(&sampler->seen, sampler->before.count);
 
 	for (size_t i = 0; !r && i < count; i++)
 		r = read_pid(sampler, pids[i], &places);
@@ -458,5 +500,6 @@ int udd_sampler_take(struct udd_sampler *sampler, const uint32_t *pids, size_t c
 	free(places.items);
 	table_deinit(&contents);
 	table_deinit(&frames);
+	table_deinit(&sampler->seen);
 	return r;
 }

@@ -8,8 +8,13 @@
 //
 // New pages come in by UFFDIO_COPY: the kernel takes a page and copies into it, where a write to a mapping takes a fault that
 // clears the page first (1.2 µs a page instead of 2.5). Where userfaultfd is not to be had, madvise() and memcpy() do the same.
+//
+// Pages of agents with quiet breaks (udedup/engine/agent.py) go into the store even if nobody else has them: they are *parked*,
+// in segments that nobody but their agent is given. The domain's index does not lead to such a slot, but the page is a candidate
+// there, and moves to a shared slot once somebody else has the same.
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -26,6 +31,7 @@ static const uint16_t STUCK = UINT16_MAX;
 
 struct segment {
 	char *base;
+	uint32_t owner;  // number of the agent whose parked pages it has; 0: anybody may share it
 	uint32_t filled; // slots that have memory; those from state.used on are not published and may be written
 	struct udd_segment_state state;
 	uint32_t counts[UDD_SEGMENT_SLOTS];
@@ -48,6 +54,8 @@ struct udd_holder {
 	struct holding **holdings; // by segment number, made when first needed
 	uint32_t capacity;
 	uint64_t pages;
+	struct udd_index *index; // see udd_holder_tell(); or NULL
+	uint32_t agent;
 };
 
 // For nothing but UFFDIO_COPY, so that any user may have one. -1 if not.
@@ -77,12 +85,25 @@ void udd_store_destroy(struct udd_store *store)
 {
 	if (--store->users)
 		return;
-	for (uint32_t i = 0; i < store->capacity; i++)
-		free(store->segments[i]);
+	udd_store_close(store);
 	free(store->segments);
 	if (store->uffd >= 0)
 		close(store->uffd);
 	free(store);
+}
+
+struct udd_store *udd_store_keep(struct udd_store *store)
+{
+	store->users++;
+	return store;
+}
+
+void udd_store_close(struct udd_store *store)
+{
+	for (uint32_t i = 0; i < store->capacity; i++) {
+		free(store->segments[i]);
+		store->segments[i] = NULL;
+	}
 }
 
 // Makes `*array`, of pointers, long enough for index `last`.
@@ -120,6 +141,16 @@ int udd_store_add_segment(struct udd_store *store, uint32_t number, void *base)
 		return -ENOMEM;
 	segment->base = base;
 	store->segments[number] = segment;
+	return 0;
+}
+
+int udd_store_own_segment(struct udd_store *store, uint32_t number, uint32_t agent)
+{
+	struct segment *segment = store_find(store, number);
+
+	if (!segment || segment->state.used)
+		return -EINVAL;
+	segment->owner = agent;
 	return 0;
 }
 
@@ -196,6 +227,13 @@ int udd_store_adopt_segment(struct udd_store *store, struct udd_index *index, ui
 static char *segment_slot(const struct segment *segment, uint32_t slot)
 {
 	return segment->base + (size_t)slot * UDD_PAGE_SIZE;
+}
+
+const char *udd_store_slot(const struct udd_store *store, uint32_t number, uint32_t slot)
+{
+	const struct segment *segment = store_find(store, number);
+
+	return segment && slot < segment->state.used ? segment_slot(segment, slot) : NULL;
 }
 
 // Slots that are being given memory, by one call of udd_store_publish().
@@ -331,7 +369,7 @@ int udd_store_move(struct udd_store *store, struct udd_index *index, uint32_t fr
 {
 	struct segment *source = store_find(store, from), *target = store_find(store, to);
 
-	if (!source || !target || source == target)
+	if (!source || !target || source == target || source->owner != target->owner)
 		return -EINVAL;
 	for (; *position < source->state.used && target->state.used < UDD_SEGMENT_SLOTS; ++*position) {
 		struct udd_move *move = &moves[*position];
@@ -365,9 +403,14 @@ struct udd_holder *udd_holder_create(struct udd_store *store)
 
 	if (!holder)
 		return NULL;
-	holder->store = store;
-	store->users++;
+	holder->store = udd_store_keep(store);
 	return holder;
+}
+
+void udd_holder_tell(struct udd_holder *holder, struct udd_index *index, uint32_t agent)
+{
+	holder->index = index;
+	holder->agent = agent;
 }
 
 static struct holding *holder_find(const struct udd_holder *holder, uint32_t number)
@@ -502,6 +545,37 @@ int udd_holder_adopt(struct udd_holder *holder, const struct udd_run *runs, size
 	return 0;
 }
 
+// The digest of a slot where this holder's agent parks. False for other slots.
+static bool parked_digest(const struct udd_holder *holder, const struct segment *segment, uint32_t slot, uint64_t *ret)
+{
+	if (!holder->index || segment->owner != holder->agent)
+		return false;
+	udd_digest_pages(segment_slot(segment, slot), 1, ret);
+	return true;
+}
+
+int udd_holder_park(struct udd_holder *holder, const struct udd_run *runs, const struct udd_merge_result *results, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		const struct udd_run *run = &runs[i];
+		const struct segment *segment = store_find(holder->store, run->segment);
+		const struct holding *holding = holder_find(holder, run->segment);
+
+		for (uint32_t page = 0; segment && holding && page < run->pages; page++) {
+			uint64_t digest[2];
+
+			if ((results && !(results[i].merged >> page & 1)) || !holding->counts[run->slot + page] ||
+			    !parked_digest(holder, segment, run->slot + page, digest))
+				continue;
+			int r = udd_index_park(holder->index, digest, holder->agent, run->address + (uint64_t)page * UDD_PAGE_SIZE);
+
+			if (r < 0)
+				return r;
+		}
+	}
+	return 0;
+}
+
 static int holder_drop(struct udd_holder *holder, const struct udd_drop *drop, uint32_t newest)
 {
 	struct segment *segment = store_find(holder->store, drop->segment);
@@ -516,6 +590,11 @@ static int holder_drop(struct udd_holder *holder, const struct udd_drop *drop, u
 	for (uint32_t slot = drop->slot; slot < drop->slot + drop->pages; slot++) {
 		if (!holding || !holding->counts[slot])
 			return -EPROTO;
+		uint64_t digest[2];
+
+		if (parked_digest(holder, segment, slot, digest))
+			udd_index_unpark(holder->index, digest, holder->agent,
+					 drop->address + (uint64_t)(slot - drop->slot) * UDD_PAGE_SIZE);
 		holder->pages--;
 		holding->pages--;
 		if (holding->counts[slot] == STUCK)

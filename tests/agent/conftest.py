@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,23 +86,30 @@ class Wrapper:
         return done.stdout
 
 
-@pytest.fixture(scope="session")
-def shared_engine(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Engine]:
-    """An engine for all tests that only need one to be there.
+@contextmanager
+def lasting_engine(folder: Path, pytestconfig: pytest.Config, name: str, **options: Any) -> Iterator[Engine]:
+    """An engine for several tests, without a limit on its rate; ``options`` are start_engine's.
 
-    It has a ledger of its own, because the common one is swept after every test.
+    It has a ledger of its own, called after ``name``, because the common one is swept after every test.
     """
     assert pytestconfig.cache is not None
-    base = pytestconfig.cache.mkdir("udedup-ledger-agent")
+    base = pytestconfig.cache.mkdir(f"udedup-ledger-{name}")
     Ledger.sweep_earlier(base)
     ledger = Ledger.of_this_run(base)
-    engine = start_engine(tmp_path_factory.mktemp("shared"), ledger, "--sleep-millisecs", "0", mount=False)
+    engine = start_engine(folder, ledger, "--sleep-millisecs", "0", **options)
     yield engine
     status = engine.stop()
     assert engine.process.stdout is not None
     engine.process.stdout.close()
     ledger.close()
     assert status == 0, engine.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def shared_engine(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Engine]:
+    """An engine for all tests that only need one to be there."""
+    with lasting_engine(tmp_path_factory.mktemp("shared"), pytestconfig, "agent", mount=False) as engine:
+        yield engine
 
 
 @pytest.fixture

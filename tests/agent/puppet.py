@@ -41,6 +41,10 @@ class Puppet:
         """Gives a page new contents; returns the seconds it took."""
         return float(self.ask(f"write {page}"))
 
+    def flip(self, page: int, byte: int) -> None:
+        """Changes one bit of a page, or changes it back."""
+        assert self.ask(f"flip {page} {byte}") == "ok"
+
     def stats(self) -> tuple[bool, int, str]:
         """Merging, pages merged, reason; as its agent has it."""
         merging, pages, reason = self.ask("stats").split(" ", 2)

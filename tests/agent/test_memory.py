@@ -50,6 +50,12 @@ def test_merged_memory(wrapped: Wrapper, program: Path, case: str, layout: str) 
     wrapped.check(program, case, layout)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_merged_memory_with_quiet_breaks(wrapped: Wrapper, program: Path, case: str) -> None:
+    """Where there is hardly a page that is not merged."""
+    wrapped.check(program, case, "whole", extra={"UDEDUP_QUIET_BREAKS": "1"})
+
+
 @pytest.mark.parametrize("layout", ["whole", "cut"])
 def test_memory_is_given_to_ksm_on_request(wrapped: Wrapper, program: Path, layout: str) -> None:
     wrapped.check(program, "mergeable", layout, extra={"UDEDUP_KEEP_KSM": "1"})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 from agent.conftest import LIBRARY, Wrapper
 from agent.fake_engine import HEADER, PAGE, SEALS, SLOTS, FakeEngine
 from agent.puppet import PAGES, Puppet
@@ -115,6 +116,36 @@ def test_slots_out_of_range(fake: FakeEngine, puppet: Puppet) -> None:
         assert fake.merge(puppet.address, pages, 1, slot) == (0, 0, 0, (1 << pages) - 1, 0)
     assert fake.merge(puppet.address, 1, 99)[3] == 1  # no such segment
     assert puppet.merged() == 0
+
+
+def reported(fake: FakeEngine, puppet: Puppet) -> dict[int, int]:
+    """A round of the linear scan: the digests of those pages of the puppet that it reports, by number."""
+    digests = {}
+    wrapped = 0
+    while not wrapped:
+        body = fake.scan()
+        visited, changed, zero, wrapped = struct.unpack_from("<IIII", body)
+        reports = list(struct.iter_unpack("<QQQQ", body[16:]))
+        assert len(reports) + changed + zero <= visited
+        for address, low, high, _ in reports:
+            if 0 <= address - puppet.address < PAGES * PAGE:
+                digests[(address - puppet.address) // PAGE] = low | high << 64
+    return digests
+
+
+def test_pages_are_reported_while_they_keep_still(fake: FakeEngine, puppet: Puppet) -> None:
+    """Whichever bit of a page has changed since it was reported, and even if the next look is at a part of it only."""
+    expected = {number: xxhash.xxh3_128_intdigest(page(number)) for number in range(PAGES)}
+    reported(fake, puppet)
+    assert reported(fake, puppet) == expected
+    flipped = bytearray(page(9))
+    for part in range(0, PAGE, 256):
+        puppet.flip(9, part + 7)
+        flipped[part + 7] ^= 1
+        assert reported(fake, puppet).keys() == expected.keys() - {9}
+        assert reported(fake, puppet) == expected | {9: xxhash.xxh3_128_intdigest(bytes(flipped))}
+    for part in range(0, PAGE, 256):
+        puppet.flip(9, part + 7)
 
 
 @pytest.mark.parametrize("missing", [0x2, 0x4, 0x10, SEALS])

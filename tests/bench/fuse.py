@@ -1,10 +1,13 @@
-"""How fast is the mount? fio through it against the bare file, and qcow2 against raw, in one run; prints JSON.
+"""How fast is the mount? fio through it, through a mount that C makes with libfuse, and on the bare file; prints JSON.
 
-``ratio`` is the mount's figure by the bare file's; the file's data is in the page cache, the mount's is not:
-sequential reads drop it before each pass, random ones are direct. ``sequential_first`` digests every block,
-``sequential_again`` finds the digests there. ``qcow2`` is an image in one piece, as qemu-img writes it, and
+``ratio`` is the mount's figure by that of ``passthrough``: C that copies, with libfuse's own threads
+(programs/passthrough.c). ``passthrough_ahead`` is the same with a readahead of 1 MiB, which root's engine sets for its
+mount and libfuse doesn't. ``file`` is the bare file. All read one file that is in the page cache; what the mounts have
+there is not: sequential reads drop it before each pass, random ones are direct. ``sequential_first`` digests every
+block, ``sequential_again`` finds the digests there. ``qcow2`` is an image in one piece, as qemu-img writes it, and
 ``scattered`` one whose clusters are in random order, as guests leave it; their ratios are by the raw image in the
-mount. Each figure is the median of several rounds, in which the images take turns.
+mount. Each figure is the median of several rounds, in which all take turns; a ratio is the median of its ratios in
+each round.
 """
 
 import argparse
@@ -15,7 +18,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -25,9 +31,12 @@ import trio
 
 from udedup.vdi.filesystem import serve
 from udedup.vdi.images import Image, Images
+from udedup.vdi.mountpoint import raise_readahead
 
 CLUSTER_BYTES: Final = 1 << 16
 MEGABYTE: Final = 1_000_000
+PROGRAM: Final = Path(__file__).resolve().parent / "programs" / "passthrough.c"
+START_SECONDS: Final = 10.0
 
 
 @attrs.frozen
@@ -92,42 +101,85 @@ def make_images(directory: Path, size: int) -> dict[str, Path]:
     return {"mount": raw, "qcow2": whole, "scattered": scattered}
 
 
+def build_passthrough(directory: Path) -> Path:
+    """Compiles the file system to compare with; needs libfuse3-dev, as pyfuse3 does."""
+    flags = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "fuse3"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    program = directory / "server"
+    subprocess.run(
+        ["gcc", "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", PROGRAM, "-o", program, *flags],
+        check=True,
+    )
+    return program
+
+
+@contextmanager
+def passthrough(program: Path, source: Path, mountpoint: Path, *, ahead: bool) -> Iterator[Path]:
+    """Has C show ``source`` in a mount; yields it there."""
+    mountpoint.mkdir()
+    process = subprocess.Popen([program, source, mountpoint])
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not mountpoint.is_mount():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{program} did not mount")
+            time.sleep(0.01)
+        if ahead:
+            raise_readahead(mountpoint.stat().st_dev)
+        yield mountpoint / "file"
+    finally:
+        process.terminate()
+        process.wait()
+
+
 async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str, dict[str, float | str]]:
     """Mounts fresh images of ``size`` bytes below ``directory`` in each round and measures all loads on them."""
     sources = make_images(directory, size)
     mountpoint = directory / "mount"
     mountpoint.mkdir()
+    program = build_passthrough(directory)
     images = Images()
     images.add(sources["mount"], "warm-up")
     figures: dict[tuple[str, str], list[float]] = defaultdict(list)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(serve, mountpoint, images, ignore_hint)
-        # The kernel's first touch of so many free pages costs a multiple of the read itself.
-        await trio.to_thread.run_sync((mountpoint / "warm-up").read_bytes)
-        for number in range(rounds):
-            for what, source in sources.items():
-                await trio.to_thread.run_sync(source.read_bytes)
-                await trio.to_thread.run_sync(images.add, source, f"{what}-{number}")
-            for load in LOADS:
-                # In another order each time: a machine's speed drifts.
-                for what in random.Random(f"{load.name} {number}").sample(["file", *sources], len(sources) + 1):
-                    file = sources["mount"] if what == "file" else mountpoint / f"{what}-{number}"
-                    job = partial(measure, load, file, size, seconds, bare=what == "file")
-                    figures[load.name, what].append(await trio.to_thread.run_sync(job))
-        nursery.cancel_scope.cancel()
+    files = {"file": sources["mount"]}
+    with ExitStack() as stack:
+        for name, ahead in (("passthrough", False), ("passthrough_ahead", True)):
+            shown = passthrough(program, sources["mount"], directory / name, ahead=ahead)
+            files[name] = stack.enter_context(shown)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, mountpoint, images, ignore_hint)
+            # The kernel's first touch of so many free pages costs a multiple of the read itself.
+            await trio.to_thread.run_sync((mountpoint / "warm-up").read_bytes)
+            for number in range(rounds):
+                for what, source in sources.items():
+                    await trio.to_thread.run_sync(source.read_bytes)
+                    await trio.to_thread.run_sync(images.add, source, f"{what}-{number}")
+                    files[what] = mountpoint / f"{what}-{number}"
+                for load in LOADS:
+                    # In another order each time: a machine's speed drifts.
+                    for what in random.Random(f"{load.name} {number}").sample(list(files), len(files)):
+                        job = partial(measure, load, files[what], size, seconds, bare=what == "file")
+                        figures[load.name, what].append(await trio.to_thread.run_sync(job))
+            nursery.cancel_scope.cancel()
     images.close()
-    return {load.name: summary(load, {what: figures[load.name, what] for what in ("file", *sources)}) for load in LOADS}
+    return {load.name: summary(load, {what: figures[load.name, what] for what in files}) for load in LOADS}
 
 
 def summary(load: Load, figures: dict[str, list[float]]) -> dict[str, float | str]:
     """One load's figures and their ratios."""
-    medians = {what: statistics.median(values) for what, values in figures.items()}
+
+    def ratio(what: str, other: str) -> float:
+        pairs = zip(figures[what], figures[other], strict=True)
+        return round(statistics.median(one / two for one, two in pairs), 3)
+
     return {
         "unit": load.unit,
-        **{what: round(value, 1) for what, value in medians.items()},
-        "ratio": round(medians["mount"] / medians["file"], 4),
-        "qcow2_ratio": round(medians["qcow2"] / medians["mount"], 4),
-        "scattered_ratio": round(medians["scattered"] / medians["mount"], 4),
+        **{what: round(statistics.median(values), 1) for what, values in figures.items()},
+        "ratio": ratio("mount", "passthrough"),
+        "ahead_ratio": ratio("mount", "passthrough_ahead"),
+        "qcow2_ratio": ratio("qcow2", "mount"),
+        "scattered_ratio": ratio("scattered", "mount"),
     }
 
 

@@ -228,11 +228,11 @@ class Bench:
         self.folder = folder
         self._ledger = ledger
 
-    def compile(self, name: str) -> Path:
-        """Builds programs/NAME.c and returns the program."""
+    def compile(self, name: str, folder: Path = HERE / "programs") -> Path:
+        """Builds NAME.c of a folder and returns the program."""
         program = self.folder / name
         if not program.exists():
-            source = HERE / "programs" / f"{name}.c"
+            source = folder / f"{name}.c"
             flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror"]
             subprocess.run(["gcc", *flags, "-o", program, source, "-ldl", "-lpthread"], check=True)
         return program
@@ -249,14 +249,21 @@ class Bench:
             engine.process.send_signal(signal.SIGCONT)
             engine.stop()
 
-    def start(self, engine: Engine | None, program: Path, *arguments: object, undisturbed: bool = False) -> Program:
-        """Starts a program, wrapped if there is an engine.
+    def start(
+        self,
+        engine: Engine | None,
+        program: Path,
+        *arguments: object,
+        undisturbed: bool = False,
+        options: Sequence[str] = (),
+    ) -> Program:
+        """Starts a program, wrapped if there is an engine, with ``options`` of ``udedup run``.
 
         ``undisturbed``: all its threads go before everybody else's, as on an idle machine.
         """
         argv = [str(program), *map(str, arguments)]
         if engine is not None:
-            argv = [*UDEDUP, "run", "--socket", str(engine.socket), "--", *argv]
+            argv = [*UDEDUP, "run", "--socket", str(engine.socket), *options, "--", *argv]
         if undisturbed:
             argv = ["chrt", "--rr", str(REALTIME_PRIORITY), *argv]
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -270,18 +270,21 @@ class FakeAgent:
     def on_scan(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
         pages = struct.unpack_from("<I", packet, HEADER.size)[0]
         addresses = sorted(address for address in self.memory if address >= self.cursor)
-        seen, rest = addresses[:pages], addresses[pages:]
-        self.cursor = rest[0] if rest else 0
         reports = []
-        changed = 0
-        for address in seen:
+        visited = changed = 0
+        for address in addresses[:pages]:
+            if len(reports) == lib.UDD_REPORTS_MAX:
+                break
+            visited += 1
             checksum = xxhash.xxh3_64_intdigest(self.memory[address])
             if self.checksums.get(address) != checksum:
                 self.checksums[address] = checksum
                 changed += 1
             elif address not in self.placed and address not in self.zeroed:
                 reports.append(self.report(address, 0))
-        head = struct.pack("<IIII", len(seen), changed, 0, not rest)
+        rest = addresses[visited:]
+        self.cursor = rest[0] if rest else 0
+        head = struct.pack("<IIII", visited, changed, 0, not rest)
         return 0, len(reports), 0, head + b"".join(reports)
 
     def on_visit(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:

@@ -369,6 +369,60 @@ def test_removed_image_takes_its_digests_along() -> None:
     assert known(stack) == ({200: 1, 201: 2, 202: 3, 400: 1, 401: 2}, [(100, 3), (300, 3)])
 
 
+def test_reads_of_a_mapped_image_are_hints_on_its_pages() -> None:
+    stack, ring = HintStack(100), Ring()
+    stack.add_image(7, image(50), 50 * PAGE)
+    mapped = {"inode": 7, "nanoseconds": 1 | ON_MOUNT, "flags": lib.UDD_HINT_MAPPED}
+    ring.write(1000 * PAGE, 10 * PAGE, offset=20 * PAGE, **mapped)
+    ring.write(2000 * PAGE, 3 * PAGE, offset=27 * PAGE, **mapped)
+    assert drain(stack, ring).dropped == 0
+    assert known(stack) == ({}, [])
+    # From before the first to behind its beginning; what both have; what neither has; another image; another agent.
+    assert stack.read(1, 7, 18, 4) == 2
+    assert stack.read(1, 7, 28, 3) == 4
+    assert [stack.read(1, 7, 30, 9), stack.read(1, 8, 20, 9), stack.read(2, 7, 20, 9)] == [0, 0, 0]
+    assert known(stack) == ({1000: 21, 1001: 22, 1008: 29, 1009: 30, 2001: 29, 2002: 30}, [])
+    stack.forget_agent(1)
+    assert stack.read(1, 7, 18, 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "fields"),
+    [
+        (1000 * PAGE + 1, {"offset": 0}),
+        (1 << 47, {"offset": 0}),
+        (1000 * PAGE, {"offset": 100}),
+        (1000 * PAGE, {"offset": 1 << 63}),
+        (1000 * PAGE, {"offset": 0, "nanoseconds": 1}),  # not on the mount
+    ],
+)
+def test_impossible_mappings_are_dropped(address: int, fields: dict[str, int]) -> None:
+    stack, ring = HintStack(100), Ring()
+    ring.write(address, PAGE, **({"inode": 7, "nanoseconds": 1 | ON_MOUNT, "flags": lib.UDD_HINT_MAPPED} | fields))
+    assert drain(stack, ring).dropped == 1
+    assert stack.read(1, 7, 0, 1 << 40) == 0
+
+
+def test_a_mapping_replaces_what_was_at_its_address() -> None:
+    stack, ring = HintStack(1000), Ring()
+    stack.add_image(7, image(50), 50 * PAGE)
+    for offset in range(3):
+        fields = {"inode": 7, "nanoseconds": 1 | ON_MOUNT, "flags": lib.UDD_HINT_MAPPED}
+        ring.write(1000 * PAGE, 2 * PAGE, offset=offset * PAGE, **fields)
+    drain(stack, ring)
+    assert stack.read(1, 7, 0, 50) == 2
+    assert known(stack) == ({1000: 3, 1001: 4}, [])
+
+
+def test_the_oldest_mappings_are_forgotten() -> None:
+    stack, ring = HintStack(1000), Ring()
+    for i in range(lib.UDD_MAPPINGS_MAX + 1):
+        ring.write((1000 + i) * PAGE, PAGE, inode=7, offset=i * PAGE, nanoseconds=ON_MOUNT, flags=lib.UDD_HINT_MAPPED)
+    drain(stack, ring)
+    assert stack.read(1, 7, 0, 1 << 20) == lib.UDD_MAPPINGS_MAX
+    assert min(popped_pages(stack)) == 1001
+
+
 def test_empty_image() -> None:
     stack = HintStack(10)
     stack.add_image(7, mmap.mmap(-1, PAGE), 100)

@@ -105,25 +105,34 @@ PACED = ["flooder", "dawdler", "endless", "hoarder", "come-and-go"]
 """Those to whom the engine's rate could matter."""
 
 
-@pytest.mark.parametrize(("sleep", "kind"), [("0", kind) for kind in ALL] + [("20", kind) for kind in PACED])
-def test_others_are_served_as_before(engine_factory: Callable[..., Engine], kind: str, sleep: str) -> None:
-    """The bounds allow for the processor time that the hostile process itself takes from this one.
+@pytest.fixture(scope="module")
+def normal() -> dict[str, Service]:
+    """What is got beside an honest process of the same size, by ``sleep_millisecs``: measured once for all kinds."""
+    return {}
 
-    Normal is what they get beside an honest process of the same size.
-    """
+
+@pytest.mark.parametrize(("sleep", "kind"), [("0", kind) for kind in ALL] + [("20", kind) for kind in PACED])
+def test_others_are_served_as_before(
+    engine_factory: Callable[..., Engine], normal: dict[str, Service], kind: str, sleep: str
+) -> None:
+    """The bounds allow for the processor time that the hostile process itself takes from this one."""
     engine = engine_factory("--socket-mode", "666", "--sleep-millisecs", sleep, mount=False)
-    with attacked(engine, "honest"):
-        before = measure(engine)
-    with attacked(engine, kind):
-        for _ in range(TRIES):
+    for _ in range(TRIES):
+        if sleep not in normal:
+            with attacked(engine, "honest"):
+                normal[sleep] = measure(engine)
+        before = normal[sleep]
+        with attacked(engine, kind):
             during = measure(engine)
             memory = resident(engine.pid)
-            print(f"{kind}, sleep {sleep} ms: normally {before}, now {during}, engine {memory >> 20} MiB")
-            assert memory < 200 << 20
-            if during.hinted <= 2 * before.hinted + 0.05 and during.scanned <= 3 * before.scanned + 0.5:
-                break
-        else:
-            pytest.fail(f"beside {kind}: {during}; beside an honest one: {before}")
+        print(f"{kind}, sleep {sleep} ms: normally {before}, now {during}, engine {memory >> 20} MiB")
+        assert memory < 200 << 20
+        if during.hinted <= 2 * before.hinted + 0.05 and during.scanned <= 3 * before.scanned + 0.5:
+            break
+        # The machine may be busier than it was.
+        del normal[sleep]
+    else:
+        pytest.fail(f"beside {kind}: {during}; beside an honest one: {before}")
     assert engine.process.poll() is None
 
 

@@ -34,10 +34,15 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = Index()
         self.candidates: dict[tuple[int, int], tuple[int, int, int]] = {}
         """digest → (agent, page, round of the agent)"""
+        self.parked: dict[tuple[int, int], tuple[int, int]] = {}
         self.shared: dict[tuple[int, int], tuple[int, int]] = {}
         self.rounds = dict.fromkeys(range(1, 6), 0)
         for agent in self.rounds:
             self.index.set_limit(agent, 1000)
+
+    def candidate(self, digest: tuple[int, int]) -> tuple[int, int] | None:
+        """The agent and the page that have it, parked or not."""
+        return self.parked.get(digest) or (self.candidates[digest][:2] if digest in self.candidates else None)
 
     @rule(agent=AGENTS, pages=st.lists(st.tuples(PAGES, DIGESTS), max_size=40))
     def look_up(self, agent: int, pages: list[tuple[int, tuple[int, int]]]) -> None:
@@ -45,10 +50,11 @@ class IndexMachine(RuleBasedStateMachine):
         for page, digest in pages:
             if digest in self.shared:
                 expected.append((page, digest, 0, 0))
-            elif digest not in self.candidates or self.candidates[digest][:2] == (agent, page):
+            elif self.candidate(digest) in (None, (agent, page)):
+                self.parked.pop(digest, None)
                 self.candidates[digest] = (agent, page, self.rounds[agent])
             else:
-                expected.append((page, digest, *self.candidates[digest][:2]))
+                expected.append((page, digest, *(self.candidate(digest) or ())))
         matches = self.index.look_up(agent, *reports_of(pages))
         found = [matches.array[i] for i in range(matches.count)]
         assert [match.address for match in found] == sorted(match.address for match in found)
@@ -65,10 +71,31 @@ class IndexMachine(RuleBasedStateMachine):
     def take_candidate(self, digest: tuple[int, int]) -> None:
         agent, address = ffi.new("uint32_t *"), ffi.new("uint64_t *")
         taken = lib.udd_index_take_candidate(self.index.handle, digest, agent, address)
-        expected = self.candidates.pop(digest, None)
+        expected = self.candidate(digest)
+        self.candidates.pop(digest, None)
+        self.parked.pop(digest, None)
         assert taken == (expected is not None)
         if expected:
-            assert (agent[0], address[0] // PAGE) == expected[:2]
+            assert (agent[0], address[0] // PAGE) == expected
+
+    @rule(agent=AGENTS, page=PAGES, digest=DIGESTS)
+    def park(self, agent: int, page: int, digest: tuple[int, int]) -> None:
+        if self.candidate(digest) in (None, (agent, page)):
+            self.candidates.pop(digest, None)
+            self.parked[digest] = (agent, page)
+        assert lib.udd_index_park(self.index.handle, digest, agent, page * PAGE) == 0
+
+    @rule(agent=AGENTS, page=PAGES, digest=DIGESTS)
+    def unpark(self, agent: int, page: int, digest: tuple[int, int]) -> None:
+        if self.parked.get(digest) == (agent, page):
+            del self.parked[digest]
+        lib.udd_index_unpark(self.index.handle, digest, agent, page * PAGE)
+
+    @rule()
+    def forget_candidates(self) -> None:
+        """Parked ones stay: nobody would look at them again."""
+        assert self.index.forget_candidates() == len(self.candidates)
+        self.candidates.clear()
 
     @rule(digest=DIGESTS)
     def find_shared(self, digest: tuple[int, int]) -> None:
@@ -93,11 +120,11 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(agent=AGENTS)
     def forget_agent(self, agent: int) -> None:
-        gone = [digest for digest, candidate in self.candidates.items() if candidate[0] == agent]
-        for digest in gone:
-            del self.candidates[digest]
+        before = len(self.candidates) + len(self.parked)
+        self.candidates = {digest: seen for digest, seen in self.candidates.items() if seen[0] != agent}
+        self.parked = {digest: place for digest, place in self.parked.items() if place[0] != agent}
         self.rounds[agent] = 0
-        assert self.index.forget_agent(agent) == len(gone)
+        assert self.index.forget_agent(agent) == before - len(self.candidates) - len(self.parked)
         self.index.set_limit(agent, 1000)
 
     @rule(segment=st.integers(1, 3))
@@ -109,7 +136,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        assert self.index.candidates == len(self.candidates)
+        assert self.index.candidates == len(self.candidates) + len(self.parked)
         assert lib.udd_index_shared(self.index.handle) == len(self.shared)
 
 
@@ -170,7 +197,7 @@ def test_pages_that_are_alone_match_themselves_on_request() -> None:
         index.set_limit(agent, 10)
 
     def matched(agent: int, *pages: tuple[int, tuple[int, int]]) -> list[tuple[int, int, int]]:
-        found = index.look_up(agent, *reports_of(list(pages)), share_alone=True)
+        found = index.look_up(agent, *reports_of(list(pages)), alone=lib.UDD_ALONE_SHARE)
         array = found.array[0 : found.count]
         return [(match.address // PAGE, match.other, match.other_address // PAGE) for match in array]
 

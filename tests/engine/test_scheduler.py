@@ -197,10 +197,24 @@ async def test_hints_are_served_at_once_while_the_scan_rests(
 
 
 async def test_eager_serves_a_burst_of_hints_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    """A second's allowance, and the spurt's own, is 51 spurts' pages."""
+    """Half a minute's allowance, and the spurt's own, is 1501 spurts' pages."""
     model = Model(hints=10**9, round_pages=10**9)
     await run_for(0.001, model, POLICIES["eager"](1, 1), 20)
-    assert [(what, pages) for _, what, pages in model.diary] == [("hints", 51 * PAGES)]
+    assert [(what, pages) for _, what, pages in model.diary] == [("hints", 1501 * PAGES)]
+
+
+async def test_eager_serves_hints_that_keep_coming_without_delay(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """Within two spurts: every second one is the scan's."""
+    model = Model(round_pages=10**9)
+    nursery.start_soon(run_for, 100.0, model, POLICIES["eager"](1, 1), 20)
+    await trio.sleep(10)
+    for lap in range(1, 100):
+        model.hints = 1
+        model.change()
+        await trio.sleep(0.041)
+        assert model.pages("hints") == lap
 
 
 async def test_eager_gives_back_what_it_took_ahead(autojump_clock: trio.testing.MockClock) -> None:
@@ -214,8 +228,8 @@ async def test_eager_gives_back_what_it_took_ahead(autojump_clock: trio.testing.
 async def test_eager_never_stops_the_scan(autojump_clock: trio.testing.MockClock) -> None:
     """With more hints than it can serve, an eighth of the scan's spurts is left."""
     model = Model(hints=10**9, round_pages=10**9)
-    await run_for(99.995, model, POLICIES["eager"](1, 1), 20)
-    assert model.visited <= (5000 + 50) * PAGES
+    await run_for(999.995, model, POLICIES["eager"](1, 1), 20)
+    assert model.visited <= (50_000 + 1500) * PAGES
     assert model.pages("scan") == pytest.approx(model.visited / 2 / 8, rel=0.03)
 
 

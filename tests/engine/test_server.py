@@ -364,11 +364,11 @@ async def test_a_spurt_is_no_longer_than_it_may_be(start: Start) -> None:
             asked.append(struct.unpack_from("<I", packet, HEADER.size)[0])
             return super().on_scan(count, packet)
 
-    pages = lib.UDD_REPORTS_MAX + 400
+    pages = lib.UDD_SCAN_MAX + 400
     engine = await start(pages_to_scan=pages, sleep_millisecs=1000, policy="linear", smart_scan=False)
     await engine.join(Asked(engine.path, memory(2 * pages)))
     await engine.until(lambda: len(asked) >= 2, "a spurt")
-    assert asked[:2] == [lib.UDD_REPORTS_MAX, 400]
+    assert asked[:2] == [lib.UDD_SCAN_MAX, 400]
 
 
 # ---- hints ----
@@ -926,6 +926,24 @@ async def test_silent_agent_stalls_nobody(start: Start, warnings: Warnings, slee
     assert silent.farewell == "it did not answer request 6 within 3 s"
 
 
+class Idle(Liar):
+    """Visits nothing, and is never at the end."""
+
+    kind = lib.UDD_SCAN
+
+    def lie(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        return 0, 0, 0, struct.pack("<IIII", 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("pages_to_scan", [300, 1000])
+async def test_idle_agent_stalls_nobody(start: Start, pages_to_scan: int) -> None:
+    """However few pages a spurt has left for it."""
+    engine = await start(pages_to_scan=pages_to_scan)
+    idle = await engine.join(Idle(engine.path, memory(100)))
+    await engine.until(lambda: idle.requests.count(lib.UDD_SCAN) > 50, "asked")
+    await pair(engine, 300)
+
+
 async def test_agent_that_does_not_read(start: Start, warnings: Warnings) -> None:
     """Its socket's queue fills; the engine neither blocks nor remembers more and more."""
     engine = await start(answer_seconds=1.0)
@@ -962,7 +980,7 @@ async def test_store_that_can_t_grow(start: Start, warnings: Warnings, monkeypat
     engine = await start()
     first, second = await pair(engine, 4096)
 
-    def refuse(number: int, prefix: str) -> Segment:
+    def refuse(number: int, prefix: str, owner: int) -> Segment:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     more = {**memory(4096, base=3 * BASE), **memory(100, base=4 * BASE, first=10_000)}
@@ -1072,10 +1090,11 @@ async def test_bad_hello(start: Start, warnings: Warnings, changes: dict[str, An
 async def test_other_versions_are_left_alone(start: Start, warnings: Warnings, length: int) -> None:
     """Whatever follows the version in their hello. All of them together are worth one line."""
     engine = await start()
+    ours = lib.UDD_WIRE_VERSION
 
     def say() -> list[bytes]:
         answers = []
-        for version in (2, 4, 2, 4, 99):
+        for version in (ours - 1, ours + 1, ours - 1, ours + 1, 99):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.connect(str(engine.path))
                 sock.send(hello_with(engine.path, version=version)[:40].ljust(length, b"\0"))
@@ -1086,7 +1105,7 @@ async def test_other_versions_are_left_alone(start: Start, warnings: Warnings, l
     for answer in await trio.to_thread.run_sync(say):
         assert HEADER.unpack_from(answer)[1] == lib.UDD_REFUSED
         assert "of the protocol" in answer[HEADER.size :].split(b"\0")[0].decode()
-    await one_dropped(engine, warnings, "version 2 of the protocol, this engine speaks 3")
+    await one_dropped(engine, warnings, f"version {ours - 1} of the protocol, this engine speaks {ours}")
 
 
 @pytest.mark.parametrize("packet", [b"\0", os.urandom(300), b"x" * 100_000])

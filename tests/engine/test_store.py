@@ -318,11 +318,11 @@ def test_retirement(live: int) -> None:
     slots = sorted(random.Random(live).sample(range(4096), live))
     for slot in slots:
         lib.udd_holder_adopt(holder, run(slot, 1), 1)
-    (segment,) = store.sparse(0)
-    assert segment.number == 1
+    assert [fill.number for fill in store.fills(0) if fill.sparse] == [1]
+    segment = store.segments[1]
     store.begin_retirement(segment, filled.index)
-    store.continue_retirement(segment, filled.index)
-    assert list(store.sparse(0)) == []
+    store.continue_retirement(segment, filled.index, apart=False)
+    assert [fill.number for fill in store.fills(0)] == [2]
     for slot in range(4096):
         place = filled.place(page(slot + 1))
         if slot in slots:
@@ -345,7 +345,7 @@ def test_a_well_used_segment_is_not_retired() -> None:
     filled = Filled(4097)
     holder = filled.holder()
     lib.udd_holder_adopt(holder, run(0, 2048), 1)
-    assert list(filled.store.sparse(0)) == []
+    assert not any(fill.sparse for fill in filled.store.fills(0))
 
 
 def test_check_tells_lies_from_failures() -> None:

@@ -38,6 +38,7 @@ bit stale[PAGES];    /* live->stale */
 bit arm_bell;        /* UDD_BELL_ARM */
 /* fault.c: faults to be woken later */
 bit aside[PAGES];
+bit asleep[PAGES];   /* with quiet breaks: have broken, and their writers still wait */
 /* The worker's layout. */
 bit candidate[PAGES];
 
@@ -491,10 +492,44 @@ proctype worker() /* udd_worker_thread() */
 
 /* ---- the fault thread ---- */
 
+inline wake_writers(p) /* wake_writers() */
+{
+#ifdef QUIET
+	asleep[p] = 1
+#else
+	d_step { k_wake(p) }
+#endif
+}
+
+inline wake_sleepers(i) /* wake_sleepers() */
+{
+#if defined(QUIET) && !defined(SLEEPERS_FORGOTTEN)
+	d_step {
+		for (i : 0 .. PAGES - 1) {
+			if
+			:: asleep[i] -> k_wake(i); asleep[i] = 0
+			:: else
+			fi
+		}
+		i = 0
+	}
+#else
+	skip
+#endif
+}
+
 inline break_in_place(p, excl) /* break_in_place() */
 {
 	d_step {
+#ifdef QUIET
+		k_unprotect_asleep(p, ret); /* udd_uffd_unprotect_asleep() */
+		if
+		:: ret == OK -> asleep[p] = 1
+		:: else
+		fi;
+#else
 		k_protect(p, 0, ret); /* udd_uffd_protect() */
+#endif
 		if
 		:: ret == OK ->
 			if
@@ -519,12 +554,12 @@ inline serve_write(p, excl) /* serve_write() */
 			/* widen(): neighbours of the same run go along */
 			for (i : 0 .. PAGES - 1) {
 				if
-				:: merged[i] && armed[i] && !broken[i] -> dissolve(i); d_step { k_wake(i) }
+				:: merged[i] && armed[i] && !broken[i] -> dissolve(i); wake_writers(i)
 				:: else
 				fi
 			}
 #else
-			dissolve(p); d_step { k_wake(p) };
+			dissolve(p); wake_writers(p);
 #endif
 			served = 1
 		:: true -> break_in_place(p, excl) /* locked memory, or may_dissolve_lone() says no */
@@ -616,7 +651,10 @@ inline serve_owner(i) /* serve_owner() */
 			fi;
 #endif
 			finish_fault()
-		fi
+		fi;
+#ifndef OWNER_SLEEPS
+		wake_sleepers(i)
+#endif
 	:: else
 	fi;
 	owner_kept = 0; /* udd_lock_let_go_owner() */
@@ -683,6 +721,7 @@ end:	do
 		:: exclusive -> held = 0
 		:: else -> readers--
 		fi;
+		wake_sleepers(i);
 		exclusive = 0
 	od
 }

@@ -158,6 +158,19 @@ inline k_protect(p, on, ret)
 	fi
 }
 
+/* Lifts protection, and whoever waits for that sleeps on. */
+inline k_unprotect_asleep(p, ret)
+{
+	if
+	:: changing -> ret = EAGAIN
+	:: else ->
+		if
+		:: watch[p] != ARMED -> ret = ENOENT
+		:: else -> ret = OK; protected[p] = 0
+		fi
+	fi
+}
+
 /* What the kernel does with a page that MADV_DONTNEED drops. In a mapping of the store the page will come back. */
 inline k_zap(p)
 {

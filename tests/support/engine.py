@@ -36,10 +36,17 @@ class Engine:
         """The engine's process."""
         return self.process.pid
 
-    def wrap(self, *argv: str | Path, domain: str | None = None, **options: Any) -> "subprocess.Popen[Any]":
-        """Starts a program under ``udedup run`` with this engine; ``options`` are Popen's."""
-        label = () if domain is None else ("--domain", domain)
-        command = [*UDEDUP, "run", "--socket", str(self.socket), *label, "--", *map(str, argv)]
+    def wrap(
+        self,
+        *argv: str | Path,
+        domain: str | None = None,
+        quiet: bool = False,
+        prefix: Sequence[str] = (),
+        **options: Any,
+    ) -> "subprocess.Popen[Any]":
+        """Starts a program under ``udedup run`` with this engine; ``prefix``: words before; ``options`` are Popen's."""
+        own = [*(() if domain is None else ("--domain", domain)), *(("--quiet-breaks",) if quiet else ())]
+        command = [*prefix, *UDEDUP, "run", "--socket", str(self.socket), *own, "--", *map(str, argv)]
         process = subprocess.Popen(command, **options)
         self._ledger.add_process(process.pid)
         return process

@@ -12,6 +12,7 @@ from attrs import frozen
 
 from udedup.commands.elf import read_elf
 from udedup.commands.host import UFFD_FEATURES, agent_library, kernel_refusal, userfaultfd_refusal
+from udedup.engine.psi import SYSTEM, readable
 from udedup.errors import UdedupError
 
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python's fcntl has it from 3.13 on
@@ -145,6 +146,17 @@ def _address_space() -> Check:
     return _check("address space", found, None if unlimited else advice, essential=False)
 
 
+def _pressure() -> Check:
+    found = readable(SYSTEM)
+    advice = "boot with psi=1; without it the engine can't tell when memory is short, and works as if it never were"
+    return _check(
+        "memory pressure",
+        str(SYSTEM) if found else "the kernel does not tell",
+        None if found else advice,
+        essential=False,
+    )
+
+
 _CHECKS: tuple[Callable[[], Check], ...] = (
     _architecture,
     _kernel,
@@ -157,4 +169,5 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _mappings,
     _descriptors,
     _address_space,
+    _pressure,
 )

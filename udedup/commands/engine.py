@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from udedup.commands.host import require_host
 from udedup.commands.options import (
     add_advisor_options,
+    add_backing_option,
     add_image_options,
     add_state_option,
     allowed_domain,
@@ -66,15 +67,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         " unless the image is raw itself); may be repeated",
     )
     add_image_options(parser)
-    parser.add_argument(
-        "--allow-backing",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="let images have their backing files, data files and parents below DIR too, not only below the directory"
-        " they are in themselves; may be repeated",
-    )
+    add_backing_option(parser)
     add_state_option(parser)
     parser.add_argument(
         "--allow-other",
@@ -126,6 +119,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "0 or 1: always, as KSM does (default: %(default)s)",
     )
     parser.add_argument(
+        "--quiet-breaks",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let writes take as long where a page was only looked at as where it is shared, so that their time tells "
+        "nothing about others' memory; for all programs, not only those started with `udedup run --quiet-breaks` "
+        "(default: no)",
+    )
+    parser.add_argument(
         "--hint-slots",
         type=count(1),
         default=1 << 18,
@@ -139,6 +140,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="UID:LABEL",
         help="let programs of user UID join the trust domain LABEL; may be repeated",
+    )
+    parser.add_argument(
+        "--pressure",
+        choices=("auto", "off"),
+        default="auto",
+        help="watch the memory pressure of the machine and of the engine's control group, where the kernel tells: "
+        "scan faster when programs wait for memory, and drop caches when they wait for long (default: %(default)s)",
     )
     parser.add_argument(
         "--max-map-count",
@@ -205,9 +213,11 @@ def run(args: argparse.Namespace) -> int:
         smart_scan=args.smart_scan,
         hint_slots=args.hint_slots,
         huge_page_threshold=args.huge_page_threshold,
+        quiet_breaks=args.quiet_breaks,
         allowed_domains=frozenset(args.allow_domain) | settings.allowed,
         shared_domains=settings.shared,
         map_count=args.max_map_count,
+        pressure_files=() if args.pressure == "off" else None,
         drop_privileges=True,
         service=service,
     )

@@ -75,7 +75,20 @@ def add_state_option(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=state_directory(),
         metavar="DIR",
-        help="where clones are kept (default: $STATE_DIRECTORY, else %(default)s)",
+        help="where clones and the digests of images are kept (default: $STATE_DIRECTORY, else %(default)s)",
+    )
+
+
+def add_backing_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--allow-backing DIR``."""
+    parser.add_argument(
+        "--allow-backing",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="let images have their backing files, data files and parents below DIR too, not only below the directory"
+        " they are in themselves; may be repeated",
     )
 
 

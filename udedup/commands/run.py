@@ -17,7 +17,7 @@ from udedup.labels import OFF
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``udedup run``."""
-    parser.usage = "udedup run [-h] [--socket PATH] [--domain LABEL] [--keep-ksm] [--] CMD [ARG ...]"
+    parser.usage = "udedup run [-h] [--socket PATH] [--domain LABEL] [--quiet-breaks] [--keep-ksm] [--] CMD [ARG ...]"
     add_socket_option(parser)
     parser.add_argument(
         "--domain",
@@ -25,6 +25,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="share only with programs of this trust domain (the engine must allow it; default: the user's own); "
         "private: with nobody but itself; off: not at all",
+    )
+    parser.add_argument(
+        "--quiet-breaks",
+        action="store_true",
+        help="let the command's writes take as long where a page was only looked at as where it is shared, so that "
+        "their time tells whoever is at work inside of it nothing about others' memory",
     )
     parser.add_argument(
         "--keep-ksm",
@@ -95,6 +101,8 @@ def wrapped_environment(
     added = {"LD_PRELOAD": ":".join([str(library), *_preloads(environment)]), "UDEDUP_SOCKET": str(socket.absolute())}
     if args.domain is not None:
         added["UDEDUP_DOMAIN"] = args.domain
+    if args.quiet_breaks:
+        added["UDEDUP_QUIET_BREAKS"] = "1"
     if args.keep_ksm:
         added["UDEDUP_KEEP_KSM"] = "1"
     return environment | added
@@ -102,7 +110,7 @@ def wrapped_environment(
 
 def unwrapped_environment(environment: dict[str, str]) -> dict[str, str]:
     """Returns ``environment`` without what an outer ``udedup run`` has put there."""
-    removed = {"LD_PRELOAD", "UDEDUP_DOMAIN", "UDEDUP_KEEP_KSM"}
+    removed = {"LD_PRELOAD", "UDEDUP_DOMAIN", "UDEDUP_QUIET_BREAKS", "UDEDUP_KEEP_KSM"}
     left = {name: value for name, value in environment.items() if name not in removed}
     preloads = _preloads(environment)
     return left | {"LD_PRELOAD": ":".join(preloads)} if preloads else left

@@ -178,6 +178,39 @@ class StoreStatus(msgspec.Struct, frozen=True):
     """Of slots written."""
     live_bytes: int
     """Of slots in use."""
+    retired: int
+    """Segments given back."""
+
+
+class IndexStatus(msgspec.Struct, frozen=True):
+    """The indexes of all domains."""
+
+    shared: int
+    """Store pages that can be found, also those that nobody uses now."""
+    candidates: int
+    """Pages seen once."""
+    bytes: int
+
+
+class AgentsStatus(msgspec.Struct, frozen=True):
+    """Wrapped processes that came and went; one that execs or that comes back counts anew."""
+
+    joined: int
+    dropped: int
+    """Those that lied, or did not answer."""
+
+
+class PressureStatus(msgspec.Struct, frozen=True):
+    """Memory pressure, by the kernel (see ``udedup.engine.pressure``)."""
+
+    level: str
+    """none, some, full; off: it isn't watched, or the kernel does not tell."""
+    some: float
+    full: float
+    """Parts of the time, as of the last look."""
+    times_some: int
+    times_full: int
+    """How often it rose to that."""
 
 
 class KernelStatus(msgspec.Struct, frozen=True):
@@ -265,6 +298,9 @@ class Status(msgspec.Struct, frozen=True):
     cpu_seconds: CpuStatus
     memory: MemoryStatus
     store: StoreStatus
+    index: IndexStatus
+    agents_total: AgentsStatus
+    pressure: PressureStatus
     kernel: KernelStatus | None
     """None if the request left it out."""
     agents: list[AgentStatus]

@@ -5,6 +5,7 @@ long a scan of all memory should take, and how much CPU it may cost at most, and
 (the kernel's Documentation/admin-guide/mm/ksm.rst, whose names and defaults these are).
 """
 
+import math
 from typing import Protocol
 
 import attrs
@@ -73,10 +74,12 @@ class ScanTimePace:
         smoothed = (1 - SMOOTHING) * self._pages + SMOOTHING * right
         self._pages = min(max(smoothed, target.min_pages_to_scan), target.max_pages_to_scan)
         if visited and cpu_seconds > 0:
-            self._pages = min(self._pages, self._affordable(cpu_seconds / visited))
+            self._pages = min(self._pages, affordable(target.max_cpu, self._sleep, cpu_seconds / visited))
 
-    def _affordable(self, cost: float) -> float:
-        """Pages of a spurt that takes ``max_cpu`` of the time, its sleep included, at ``cost`` s of CPU a page."""
-        share = self._target.max_cpu / 100
-        # A spurt of n pages takes at least n * cost, then sleeps: n * cost <= share * (n * cost + sleep).
-        return share * self._sleep / (cost * (1 - share)) if share < 1 else self._target.max_pages_to_scan
+
+def affordable(max_cpu: float, sleep: float, cost: float) -> float:
+    """Pages of a spurt that takes ``max_cpu`` % of the time, its sleep of ``sleep`` s included, at ``cost`` s of CPU a
+    page."""
+    share = max_cpu / 100
+    # A spurt of n pages takes at least n * cost, then sleeps: n * cost <= share * (n * cost + sleep).
+    return share * sleep / (cost * (1 - share)) if share < 1 else math.inf

@@ -24,7 +24,7 @@ from udedup.engine.adoption import Handover
 from udedup.engine.domain import Domain
 from udedup.engine.hints import Hinted, HintRing
 from udedup.engine.hugepages import Areas, HugePages
-from udedup.engine.index import Matches
+from udedup.engine.index import Index, Matches
 from udedup.engine.link import Answer, Link, Peer
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.planner import Fresh, Runs, Targets
@@ -43,6 +43,7 @@ from udedup.engine.wire import (
     REPORTS_MAX,
     RESULT_BYTES,
     RUN_BYTES,
+    SCAN_MAX,
     SCAN_TAIL,
     SEGMENT_SLOTS,
     SEGMENT_TAIL,
@@ -64,7 +65,7 @@ RUNS_MAX = 1 << 20
 LOOK, RECOUNT = 0, 1
 """Why UDD_RUNS is asked: header.value of the request."""
 
-SKIPS_MAX = 2 * REPORTS_MAX * lib.UDD_SKIPS_PER_VISIT
+SKIPS_MAX = 2 * SCAN_MAX * lib.UDD_SKIPS_PER_VISIT
 """More pages than an agent may pass over in one step."""
 
 UNMERGE_SECONDS = 300.0
@@ -72,7 +73,8 @@ CANDIDATES_PER_PAGE = 2
 """Candidates an agent may have per resident page: stale ones wait for two rounds."""
 
 VISIT_LEAST_PART = 8
-"""A step that does not end a turn is charged at least one part in this many of what was asked for."""
+"""A step that does not end a turn is charged at least one part in this many of what was asked for, and at least a page:
+the last few pages of a spurt could be asked for without end else."""
 
 PUBLISH_SECONDS = 2.0
 """In that time an agent may have as many pages published as it may have candidates."""
@@ -178,6 +180,7 @@ class Agent:
         others: Others,
         newest_segment: Callable[[], int],
         shares_first_read: bool,
+        quiet: bool,
         shortage: Shortage,
     ) -> None:
         self.number = number
@@ -199,10 +202,15 @@ class Agent:
         self._others = others
         self._newest_segment = newest_segment
         self._shares_first_read = shares_first_read
+        self._quiet = quiet
+        """Whether how long a write takes must not tell if somebody else has the page: see :meth:`_take_quietly`."""
         self._shortage = shortage
         self._holder = ffi.gc(lib.udd_holder_create(domain.store.handle), lib.udd_holder_destroy)
         if self._holder == ffi.NULL:
             raise MemoryError
+        if quiet:
+            lib.udd_holder_tell(self._holder, domain.index.handle, number)
+            domain.own[number] = Index()
         self._handover = Handover(link, domain, counters, str(self))
         self._uncounted = bool(hello.flags & (lib.UDD_HELLO_FORKED | lib.UDD_HELLO_REJOIN))
         """Whether it has runs that are not counted yet."""
@@ -221,6 +229,8 @@ class Agent:
         self._published_since = -math.inf
         self._offered: list[Targets] = []
         """Targets in the queue: pages that need not be merged when they are reported meanwhile."""
+        self._distrusted: set[int] = set()
+        """Inodes of images that have changed, which it does not know yet."""
         self._working = False
         # One that comes back may still have a ring to pass on that the engine before had asked for.
         self._arms = int(bool(hello.flags & lib.UDD_HELLO_REJOIN))
@@ -274,6 +284,8 @@ class Agent:
         self._counters.agent_cpu_ns_gone += stats.cpu_ns
         lib.udd_holder_clear(self._holder)
         self.domain.index.forget_agent(self.number)
+        self.domain.store.close_own(self.number)
+        self.domain.own.pop(self.number, None)
 
     # ---- the doorbell ----
 
@@ -309,12 +321,22 @@ class Agent:
         self.failure = error
         self.scope.cancel()
 
+    def raise_failure(self) -> None:
+        """Raises what :meth:`fail` was told; only once, or the agent and the error would keep each other."""
+        failure, self.failure = self.failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure
+
     async def work(self) -> None:
         """Does the jobs, one after the other, until cancelled. Raises AgentError."""
         try:
             async for job in self._todo:
                 self._working = True
                 try:
+                    await self._restore_files()
                     await job.redeem()
                 except OSError as error:
                     if not self._shortage.explains(error, f"work with {self} is put off"):
@@ -346,7 +368,7 @@ class Agent:
 
     async def scan(self, pages: int) -> Scanned:
         """One step of its linear scan."""
-        pages = min(pages, REPORTS_MAX)
+        pages = min(pages, SCAN_MAX)
         answer = await self._link.request(lib.UDD_SCAN, SCAN_TAIL.pack(pages, 0))
         if answer.status < 0:
             self._drain()
@@ -360,7 +382,7 @@ class Agent:
         self._drain()
         visited = head.visited + answer.value // lib.UDD_SKIPS_PER_VISIT
         if not head.wrapped:
-            visited = max(visited, pages // VISIT_LEAST_PART)
+            visited = max(visited, -(-pages // VISIT_LEAST_PART))
         self._turn += visited
         # Memory that does not end would keep the scan from all others.
         over = bool(head.wrapped) or self._turn > self._resident + REPORTS_MAX
@@ -377,7 +399,9 @@ class Agent:
         if report_count:
             # Nobody had to hash them, but they are looked up, and charged against the rate, like all others.
             self._counters.pages_scanned += report_count
-            await self._take_reports(reports, report_count, hinted, share_alone=self._shares_first_read)
+            await self._take_reports(
+                reports, report_count, hinted, share_alone=self._shares_first_read and self._shortage.caches_may_grow
+            )
         await self._visit(ranges, range_count, hinted)
         self._counters.hints_visited += hinted.count
 
@@ -402,7 +426,7 @@ class Agent:
             await self._take_reports(_items(answer.packet, "struct udd_report *", REPORTS_BYTES), answer.count, hinted)
 
     def _check_reports(self, answer: Answer, pages: int) -> CData:
-        if answer.count > pages or len(answer.packet) != REPORTS_BYTES + answer.count * REPORT_BYTES:
+        if answer.count > min(pages, REPORTS_MAX) or len(answer.packet) != REPORTS_BYTES + answer.count * REPORT_BYTES:
             raise AgentError(f"it reported {answer.count} of {pages} pages in {len(answer.packet)} bytes")
         head = _items(answer.packet, "struct udd_reports *", 0)
         if (
@@ -421,18 +445,68 @@ class Agent:
         """Looks pages up, has fresh ones copied into the store, and merges what has a slot then."""
         if count == 0 or not self.merging:
             return
+        if self._quiet:
+            await self._take_quietly(reports, count, hinted, share_alone=share_alone)
+            return
         index = self.domain.index
         zeros = {} if self._huge.splits_always else hugepages.zeros_of(reports, count)
         async with self.domain.undisturbed():
-            matches = index.look_up(self.number, reports, count, share_alone=share_alone)
-            for targets in self._offered:
-                matches = planner.without_targets(matches, targets)
+            matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_CANDIDATE)
             matches, revisit = await self._worth_splitting(matches, zeros)
             if matches.count:
                 await self._publish_all(matches)
         if matches.count:
-            await self._merge_targets(planner.targets_of(index, self.number, matches), hinted)
+            await self._merge_runs(self._runs_of(index, matches), hinted)
         await self._revisit(revisit)
+
+    def _look_up(self, reports: CData, count: int, alone: int) -> Matches:
+        matches = self.domain.index.look_up(self.number, reports, count, alone=alone)
+        for targets in self._offered:
+            matches = planner.without_targets(matches, targets)
+        return matches
+
+    # ---- quiet breaks ----
+
+    # A write to a merged page takes longer than one to a private page, so it tells that somebody else has its content.
+    # An agent with quiet breaks has its pages in the store as soon as they were looked at, whether somebody else has
+    # them or not. If not, they are *parked*, in segments that no other agent is given; they are candidates all the
+    # same, and move to a shared slot once somebody else has their content. native/agent/fault.c evens out how long
+    # either kind takes to break.
+
+    async def _take_quietly(self, reports: CData, count: int, hinted: Hinted | None, *, share_alone: bool) -> None:
+        """Merges all pages or none: those that others have, too, with these, the others parked."""
+        if not self._may_park:
+            self._counters.merge_deferred += count
+            return
+        own = self.domain.own[self.number]
+        async with self.domain.undisturbed():
+            matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_PARK)
+            shareable = matches if share_alone else matches.without_alone(self.number)
+            # First what the copy area still has from the look at the pages.
+            for copied in (True, False):
+                await self._publish(shareable, copied=copied)
+                shared = planner.runs_of(planner.targets_of(self.domain.index, self.number, matches), self.least_run)
+                rest = shared.outside(self.number, matches)
+                await self._publish_own(own, rest, copied=copied)
+        parked = planner.runs_of(planner.targets_of(own, self.number, rest), 1)
+        # In the order of addresses: one kind must not be merged earlier than the other either.
+        await self._merge_runs(shared.joined(parked), hinted)
+
+    @property
+    def _may_park(self) -> bool:
+        """Whether it has mappings to park, and the store isn't full of its pages that could not be merged after all.
+
+        Such are pinned, say, or shared with a child.
+        """
+        dead = self.domain.store.dead_slots(self.number)
+        return self.least_run < planner.NEVER and dead <= max(REPORTS_MAX, self.pages_merged // 2)
+
+    async def _publish_own(self, own: Index, matches: Matches, *, copied: bool) -> None:
+        """Gives pages a slot in the agent's own segments. ``copied``: those only that the copy area has."""
+        none = ffi.new("struct udd_target[]", matches.count)
+        for fresh in planner.fresh_batches(own, matches, 1, copied=copied):
+            if self._may_publish(fresh.count) and (copied or await self._copy(fresh)):
+                self._store(own, self.number, fresh, none)
 
     # ---- huge pages ----
 
@@ -477,19 +551,22 @@ class Agent:
             await self._visit(ffi.new("struct udd_range[]", ranges), len(ranges), None)
 
     async def _publish_all(self, matches: Matches) -> None:
-        """Gives those matches a slot that have none, and has the others they match merged with it too."""
+        # First what the copy area still has from the look at the pages: copying the others overwrites it.
+        for copied in (True, False):
+            await self._publish(matches, copied=copied)
+
+    async def _publish(self, matches: Matches, *, copied: bool) -> None:
+        """Gives those matches a slot that have none, and has the others they match merged with it too.
+
+        ``copied``: only those that the copy area has.
+        """
         others = ffi.new("struct udd_target[]", matches.count)
         other_count = 0
-        # First what the copy area still has from the look at the pages: copying the others overwrites it.
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=True):
+        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=copied):
             if not self._may_publish(fresh.count):
-                break
-            other_count += self._store(fresh, others + other_count)
-        for fresh in planner.fresh_batches(self.domain.index, matches, self.least_run, copied=False):
-            if not self._may_publish(fresh.count):
-                self._counters.merge_deferred += fresh.count
-            elif await self._copy(fresh):
-                other_count += self._store(fresh, others + other_count)
+                self._counters.merge_deferred += 0 if copied else fresh.count
+            elif copied or await self._copy(fresh):
+                other_count += self._store(self.domain.index, 0, fresh, others + other_count)
         for targets in planner.by_agent(others, other_count):
             self._others.offer_merge(targets)
 
@@ -519,8 +596,11 @@ class Agent:
             fresh.copied(_items(answer.packet, "struct udd_copied *", 0).valid)
         return answer.status == 0
 
-    def _store(self, fresh: Fresh, ret_targets: CData) -> int:
-        """Publishes copied pages; returns how many older candidates were found for them (struct udd_target)."""
+    def _store(self, index: Index, owner: int, fresh: Fresh, ret_targets: CData) -> int:
+        """Publishes copied pages; returns how many older candidates were found for them (struct udd_target).
+
+        ``owner``: of the segment that they go to (see Segment.owner).
+        """
         store = self.domain.store
         position = ffi.new("size_t *")
         counts = ffi.new("struct udd_publish_counts *")
@@ -530,8 +610,8 @@ class Agent:
                 targets += check(
                     lib.udd_store_publish(
                         store.handle,
-                        self.domain.index.handle,
-                        store.writable().number,
+                        index.handle,
+                        store.writable(owner).number,
                         self.area.copies,
                         fresh.array,
                         fresh.count,
@@ -570,18 +650,21 @@ class Agent:
         if not self._huge.splits_always:
             put_off, revisit = await self._judge(hugepages.areas_of(targets.array, targets.count), {})
             targets = hugepages.targets_outside(put_off, targets)
-        await self._merge_targets(targets, None)
+        await self._merge_runs(self._runs_of_targets(targets), None)
         await self._revisit(revisit)
 
-    async def _merge_targets(self, targets: Targets, hinted: Hinted | None) -> None:
-        """Has pages merged with their slots; those in short runs only while the agent has mappings to spare."""
-        if not self.merging:
-            return
+    def _runs_of(self, index: Index, matches: Matches) -> Runs:
+        """Those matches that have a slot by now; in short runs only while the agent has mappings to spare."""
+        return self._runs_of_targets(planner.targets_of(index, self.number, matches))
+
+    def _runs_of_targets(self, targets: Targets) -> Runs:
         runs = planner.runs_of(targets, self.least_run)
         self._counters.merge_deferred += runs.deferred
-        await self._merge_runs(runs, hinted)
+        return runs
 
     async def _merge_runs(self, runs: Runs, hinted: Hinted | None) -> None:
+        if runs.count == 0 or not self.merging:
+            return
         segments = self.domain.store.segments
         pinned = [segments[number] for number in runs.segments() if number in segments]
         for segment in pinned:
@@ -623,6 +706,9 @@ class Agent:
                 hinted.array, hinted.count, array, results, count, time.monotonic_ns(), counters.lead_times.histogram
             )
         self._drain()
+        if self._quiet:
+            # Not before: a page that moved from one parking place to another has left the former.
+            check(lib.udd_holder_park(self._holder, array, results, count), "parking pages")
 
     async def _send_segment(self, segment: Segment) -> bool:
         """Makes sure the agent has a segment; False if it would not take it."""
@@ -641,6 +727,17 @@ class Agent:
         # It had this segment from an earlier engine, and runs in it.
         self._uncounted = self._uncounted or answer.value == 1
         return True
+
+    def distrust(self, inode: int) -> None:
+        """An image of the mount has changed: it must not be merged in mappings of its file any more."""
+        self._distrusted.add(inode)
+        # Unless others wait, and then it is done before the next of them.
+        self.submit(self._restore_files)
+
+    async def _restore_files(self) -> None:
+        while self._distrusted:
+            await self._link.request(lib.UDD_UNMERGE, value=self._distrusted.pop(), seconds=UNMERGE_SECONDS)
+            self._drain()
 
     async def unmerge(self) -> int:
         """Gives it private memory back everywhere; returns the number of pages. Raises AgentError."""
@@ -682,11 +779,21 @@ class Agent:
     async def _recount(self) -> None:
         def take(answer: Answer, array: CData) -> None:
             check(lib.udd_holder_adopt(self._holder, array, answer.count), "a run it says it has")
-            self._adopted.update(Runs(array, answer.count).segments() & self.domain.store.segments.keys())
+            found = Runs(array, answer.count).segments() & self.domain.store.segments.keys()
+            self._adopted.update(found)
+            # Of a parent, whose later pages are none of its business.
+            for owner in {self.domain.store.segments[number].owner for number in found} - {0, self.number}:
+                self.domain.store.close_own(owner)
+            if self._quiet:
+                check(lib.udd_holder_park(self._holder, array, ffi.NULL, answer.count), "parking pages")
             self._drain()
 
         answer = await self._ask_runs(0, RECOUNT)
         check(lib.udd_holder_restart(self._holder, self.area.drops, answer.value), "the head of its drop ring")
+        if self._quiet:
+            # Some of its parked pages are none any more, but which?
+            self.domain.index.forget_agent(self.number)
+            self.refresh_limit()
         self._uncounted = False
         await self._read_runs(answer, RECOUNT, take)
         self._drain()

@@ -12,7 +12,7 @@ from udedup.vdi.clone import Clone
 from udedup.vdi.clonestore import CloneStore, Record, same_path
 from udedup.vdi.filesystem import withdraw
 from udedup.vdi.formats.probe import Opening
-from udedup.vdi.images import Image, Images
+from udedup.vdi.images import Image, Images, examine
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +99,18 @@ class Cloning:
         """Writes a clone into its base and ends it; returns the base. Raises UdedupError if anybody uses either."""
         async with self._changing:
             record = await trio.to_thread.run_sync(self._store.get, name)
-            for image in self._images:
-                if str(image.path) == record.overlay:
-                    continue
-                if any(same_path(str(path), record.base) for path in image.paths):
-                    raise UdedupError(
-                        f"clone {name}: its base {record.base} is in the mount, for {image.name}; umount that"
-                    )
+            for image in await trio.to_thread.run_sync(self._above, record):
+                raise UdedupError(
+                    f"clone {name}: its base {record.base} is in the mount, for {image.name}; umount that"
+                )
             await self._hide(record)
-            await trio.to_thread.run_sync(self._store.commit, record)
+            try:
+                await trio.to_thread.run_sync(self._store.commit, record)
+            finally:
+                # Somebody may have shown it meanwhile.
+                for image in await trio.to_thread.run_sync(self._above, record):
+                    await examine(image)
+                    image.changed()
             return record.base
 
     async def discard(self, name: str) -> None:
@@ -120,6 +123,11 @@ class Cloning:
                 raise UdedupError(f"clone {name}: {', '.join(above)} rests on it; discard that first")
             await self._hide(record)
             await trio.to_thread.run_sync(self._store.discard, record)
+
+    def _above(self, record: Record) -> tuple[Image, ...]:
+        """Images in the mount that are read from the base of a clone, other than the clone."""
+        others = [image for image in self._images if str(image.path) != record.overlay]
+        return tuple(image for image in others if any(same_path(str(path), record.base) for path in image.paths))
 
     def _shown(self, record: Record) -> Clone | None:
         for image in self._images:

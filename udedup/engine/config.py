@@ -42,7 +42,7 @@ class EngineConfig:
     """Directories in which images may have backing files, data files and parents, besides their own."""
 
     state_dir: Path | None = None
-    """Directory in which clones are kept; None: there are none."""
+    """Directory in which clones and digests of images are kept; None: there are none, and digests are not kept."""
 
     allow_other: bool = False
     """Whether other users may read from the mount."""
@@ -77,6 +77,11 @@ class EngineConfig:
     huge_page_threshold: int = 8
     """Split a transparent huge page only if at least so many of its 512 pages would merge; 0 or 1: always."""
 
+    quiet_breaks: bool = False
+    """Whether a write must take as long where a page was only looked at as where it is shared, in all programs.
+
+    Otherwise in those that ask for it (`udedup run --quiet-breaks`)."""
+
     holdoff_millisecs: int = 1000
     """How long agents leave a page alone after it broke, ms."""
 
@@ -100,6 +105,9 @@ class EngineConfig:
 
     service: Service = attrs.field(factory=Service)
     """What a service manager gave; its socket is used instead of opening one at ``socket``."""
+
+    pressure_files: tuple[Path, ...] | None = None
+    """Where memory pressure is read; empty: it isn't; None: wherever the kernel has it for us."""
 
     retire_seconds: float = 2.0
     """Pause between looks for segments that are mostly dead, s."""

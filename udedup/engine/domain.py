@@ -7,15 +7,20 @@ says so, several users share one label's domain. Each domain has its own index a
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from udedup.engine.index import Index
 from udedup.engine.link import Strays
-from udedup.engine.store import SegmentNumbers, Store, segment_prefix
+from udedup.engine.store import Segment, SegmentNumbers, Store, segment_prefix
 from udedup.engine.wire import AgentError
 from udedup.labels import OFF, PRIVATE, RESERVED
+
+if TYPE_CHECKING:
+    from udedup.vdi.images import Image
+    from udedup.vdi.shelf import Shelf, ShelfCounters
 
 TURN_SECONDS = 0.02
 """How long an agent's pages wait for another's to be stored."""
@@ -105,6 +110,10 @@ class Domain:
         """Of its agents."""
         self.recounts = 0
         """Agents whose references are being counted anew: until that is done, too few are known."""
+        self.shelves: dict[int, Shelf] = {}
+        """Of images in the engine's mount, by inode: their blocks that are in this store."""
+        self.own: dict[int, Index] = {}
+        """By agent: which of its own slots has what it parks (see ``Agent._take_quietly``)."""
         self._publishing = trio.Lock()
 
     @asynccontextmanager
@@ -120,6 +129,25 @@ class Domain:
         finally:
             if not waiting.cancelled_caught:
                 self._publishing.release()
+
+    def shelf(self, image: "Image", counters: "ShelfCounters") -> "Shelf":
+        """The shelf of an image in the engine's mount. Raises MemoryError."""
+        from udedup.vdi.shelf import Shelf
+
+        if image.inode not in self.shelves:
+            self.shelves[image.inode] = Shelf(
+                image.watch,
+                image.blocks,
+                image.digests,
+                store=self.store.handle,
+                index=self.index.handle,
+                counters=counters,
+            )
+        return self.shelves[image.inode]
+
+    def index_of(self, segment: Segment) -> Index:
+        """What leads to the slots of a segment; to an agent's own that is gone, nothing."""
+        return self.own.get(segment.owner) or Index() if segment.owner else self.index
 
     @property
     def label(self) -> str:

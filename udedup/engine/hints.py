@@ -4,6 +4,7 @@ A thin cover over native/engine/hints.c, which says how it works.
 """
 
 import mmap
+import time
 from collections.abc import Iterator
 
 import attrs
@@ -101,6 +102,14 @@ class HintStack:
         lib.udd_hints_remove_image(self._handle, inode)
         self._digests.pop(inode, None)
 
+    def read(self, agent: int, inode: int, block: int, blocks: int) -> int:
+        """Blocks of an image were just read, perhaps in page faults: hints on where ``agent`` has them mapped.
+
+        Returns their number.
+        """
+        pushed: int = lib.udd_hints_read(self._handle, agent, inode, block, blocks, time.monotonic_ns())
+        return pushed
+
     def drain(self, agent: int, ring: HintRing, *, pages: int, arm: bool) -> Drained:
         """Takes in up to ``pages`` pages of an agent's ring; ``arm``: have it ring for the next hint.
 
@@ -131,3 +140,7 @@ class HintStack:
     def forget_agent(self, agent: int) -> None:
         """Removes an agent's hints."""
         lib.udd_hints_forget_agent(self._handle, agent)
+
+    def clear(self) -> int:
+        """Removes all hints and gives their memory back; returns how many pages they were of."""
+        return int(lib.udd_hints_clear(self._handle))

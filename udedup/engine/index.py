@@ -8,6 +8,8 @@ import attrs
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.wire import check
 
+SIZE_MAX = 2**64 - 1
+
 
 @attrs.frozen
 class Matches:
@@ -17,6 +19,11 @@ class Matches:
     """struct udd_match[]."""
 
     count: int
+
+    def without_alone(self, agent: int) -> "Matches":
+        """Those of an agent that match more than themselves."""
+        array = ffi.new("struct udd_match[]", self.count)
+        return Matches(array, lib.udd_matches_without_alone(agent, self.array, self.count, array))
 
 
 class Index:
@@ -29,8 +36,13 @@ class Index:
 
     @property
     def candidates(self) -> int:
-        """Pages seen once."""
+        """Pages seen once, parked ones included."""
         return int(lib.udd_index_candidates(self.handle))
+
+    @property
+    def shared(self) -> int:
+        """Store pages that can be found."""
+        return int(lib.udd_index_shared(self.handle))
 
     @property
     def size(self) -> int:
@@ -41,14 +53,14 @@ class Index:
         """Most candidates of an agent; needed before its first look-up."""
         check(lib.udd_index_set_limit(self.handle, agent, min(pages, 0xFFFFFFFF)), "a limit")
 
-    def look_up(self, agent: int, reports: CData, count: int, *, share_alone: bool = False) -> Matches:
-        """Looks up struct udd_report[]; what is found nowhere becomes a candidate, or matches itself (``share_alone``).
+    def look_up(self, agent: int, reports: CData, count: int, *, alone: int = lib.UDD_ALONE_CANDIDATE) -> Matches:
+        """Looks up struct udd_report[]; ``alone``: what becomes of what is found nowhere else (enum udd_alone).
 
         Raises AgentError on an impossible address.
         """
         matches = ffi.new("struct udd_match[]", count)
         counts = ffi.new("struct udd_lookup_counts *")
-        found = lib.udd_index_lookup(self.handle, agent, reports, count, share_alone, matches, counts)
+        found = lib.udd_index_lookup(self.handle, agent, reports, count, alone, matches, counts)
         check(found, "an address it reported, or where it says its copy is,")
         lib.udd_matches_sort(matches, found)
         return Matches(matches, found)
@@ -64,6 +76,14 @@ class Index:
     def forget_agent(self, agent: int) -> int:
         """Removes an agent's candidates; returns how many."""
         return int(lib.udd_index_forget_agent(self.handle, agent))
+
+    def set_most(self, candidates: int | None) -> None:
+        """Most candidates of all agents together, parked ones apart; None: without a limit."""
+        lib.udd_index_set_most(self.handle, SIZE_MAX if candidates is None else candidates)
+
+    def forget_candidates(self) -> int:
+        """Removes all candidates but parked ones and gives their memory back; returns how many."""
+        return int(lib.udd_index_forget_candidates(self.handle))
 
     def forget_segment(self, segment: int) -> int:
         """Removes what leads to a segment; returns how many digests."""

@@ -227,8 +227,15 @@ class Link:
         if self._answer is not None and self._answer.memfd is not None:
             os.close(self._answer.memfd)
         self._answer = None
+        # It leads back to the agent: a cycle would keep both, and the shared area, until Python looks for garbage.
+        self._on_doorbell = _nobody
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
+
+
+def _nobody() -> None:
+    """Rings for whom is gone."""
+    raise AgentError("it rings after its end")
 
 
 def send(sock: socket.socket, message: bytes, descriptors: list[int]) -> None:

@@ -10,7 +10,7 @@ import attrs
 
 from udedup.engine.index import Index, Matches
 from udedup.engine.native import CData, ffi, lib
-from udedup.engine.wire import COPY_MAX
+from udedup.engine.wire import COPY_MAX, RUN_BYTES
 
 RUN_MAX: int = lib.UDD_RUN_MAX
 NEVER = 1 << 31
@@ -128,6 +128,20 @@ class Runs:
         """Those that lie in none of ``segments``."""
         kept = [self.array[i] for i in range(self.count) if self.array[i].segment not in segments]
         return Runs(ffi.new("struct udd_run[]", kept), len(kept), self.deferred)
+
+    def outside(self, agent: int, matches: Matches) -> Matches:
+        """An agent's matched pages that are in none of them, as if they matched themselves."""
+        array = ffi.new("struct udd_match[]", matches.count)
+        left = lib.udd_matches_outside(agent, matches.array, matches.count, self.array, self.count, array)
+        return Matches(array, left)
+
+    def joined(self, other: "Runs") -> "Runs":
+        """Both, which have no page in common."""
+        array = ffi.new("struct udd_run[]", self.count + other.count)
+        ffi.memmove(array, self.array, self.count * RUN_BYTES)
+        ffi.memmove(array + self.count, other.array, other.count * RUN_BYTES)
+        lib.udd_runs_sort(array, self.count + other.count)
+        return Runs(array, self.count + other.count, self.deferred + other.deferred)
 
     def chunks(self, items: int) -> Iterator[tuple[CData, int]]:
         """Parts (struct udd_run *, count) of at most ``items`` runs."""

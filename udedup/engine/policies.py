@@ -2,16 +2,17 @@
 
 - ``linear``: KSM's; memory is scanned in turns.
 - ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013).
-- ``eager``: the same, but hints are served out of the allowance of up to a second ahead, which the scan gives back
-  later; and a block of an image is put into the store, and its reader merged with it, at its first read, so that the
-  next reader finds it there (as Satori, USENIX ATC 2009, does at the block device).
+- ``eager``: the same, but hints are served at once, out of the allowance of up to half a minute ahead, which the scan
+  gives back later; and a block of an image is put into the store, and its reader merged with it, at its first read, so
+  that the next reader finds it there (as Satori, USENIX ATC 2009, does at the block device).
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from typing import NamedTuple
 
-EAGER_AHEAD_SECONDS = 1.0
+EAGER_AHEAD_SECONDS = 30.0
+"""A system that starts reads a few hundred MB faster than KSM's default rate takes them in."""
 
 
 class Policy(NamedTuple):

@@ -5,16 +5,19 @@ from collections.abc import Collection
 
 from udedup.engine.accounting import (
     PAGE,
+    AgentsStatus,
     AgentStatus,
     BreakStatus,
     Counters,
     CpuStatus,
     HintStatus,
     ImageStatus,
+    IndexStatus,
     KernelStatus,
     LeadTimeStatus,
     MemoryStatus,
     MergeStatus,
+    PressureStatus,
     Status,
     StoreStatus,
 )
@@ -22,6 +25,7 @@ from udedup.engine.agent import Agent, agents_cpu_seconds
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import Domain
 from udedup.engine.kernel import KernelView, read_smaps
+from udedup.engine.pressure import Level, PressureState
 from udedup.engine.wire import SHARED_BYTES
 
 
@@ -42,12 +46,25 @@ def agent_status(agent: Agent) -> AgentStatus:
     )
 
 
+def _pressure_status(state: PressureState | None) -> PressureStatus:
+    if state is None:
+        return PressureStatus("off", 0.0, 0.0, 0, 0)
+    return PressureStatus(
+        level=state.level.word,
+        some=state.stall.some,
+        full=state.stall.full,
+        times_some=state.times[Level.SOME],
+        times_full=state.times[Level.FULL],
+    )
+
+
 def status(
     *,
     config: EngineConfig,
     counters: Counters,
     pages_to_scan: int,
     overwritten: int,
+    pressure: PressureState | None,
     agents: list[Agent],
     domains: Collection[Domain],
     images: list[ImageStatus],
@@ -55,12 +72,15 @@ def status(
 ) -> Status:
     """Everything about these agents and domains.
 
-    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack.
+    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack; ``pressure``: None if
+    it isn't watched.
     """
-    shared = sum(domain.store.live_slots for domain in domains)
+    parked = sum(domain.store.parked_slots for domain in domains)
+    shared = sum(domain.store.live_slots for domain in domains) - parked
     used = sum(domain.store.used_slots for domain in domains)
-    merged = sum(agent.pages_merged for agent in agents)
+    merged = sum(agent.pages_merged for agent in agents) - parked
     zero = sum(agent.area.stats.zero_pages for agent in agents)
+    candidates = sum(domain.index.candidates for domain in domains)
     saved = (max(0, merged - shared) + zero) * PAGE
     engine = read_smaps(None) if kernel is None else kernel.engine
     memory = MemoryStatus(
@@ -75,7 +95,7 @@ def status(
         policy=config.policy,
         pages_shared=shared,
         pages_sharing=max(0, merged - shared),
-        pages_unshared=sum(domain.index.candidates for domain in domains),
+        pages_unshared=candidates,
         pages_volatile=sum(agent.volatile for agent in agents),
         pages_scanned=counters.pages_scanned,
         pages_skipped=counters.pages_skipped,
@@ -116,8 +136,16 @@ def status(
             segments=sum(len(domain.store.segments) for domain in domains),
             adopted=counters.segments_adopted,
             bytes=used * PAGE,
-            live_bytes=shared * PAGE,
+            live_bytes=(shared + parked) * PAGE,
+            retired=counters.segments_retired,
         ),
+        index=IndexStatus(
+            shared=sum(domain.index.shared for domain in domains),
+            candidates=candidates,
+            bytes=sum(domain.index.size for domain in domains),
+        ),
+        agents_total=AgentsStatus(joined=counters.agents_joined, dropped=counters.agents_dropped),
+        pressure=_pressure_status(pressure),
         kernel=None
         if kernel is None
         else KernelStatus(pss_bytes=kernel.pss, saved_bytes=kernel.saved, unreadable=kernel.unreadable),

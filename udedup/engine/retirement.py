@@ -1,6 +1,6 @@
 """Gives the memory of segments back in which few slots are still in use (see ``udedup.engine.store``)."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Protocol
 
@@ -8,7 +8,9 @@ import trio
 
 from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
+from udedup.engine.compaction import PATIENCE, Compaction
 from udedup.engine.domain import Domain
+from udedup.engine.pressure import Level, PressureState
 from udedup.engine.shortage import Shortage
 
 
@@ -17,6 +19,7 @@ class Household(Protocol):
 
     counters: Counters
     shortage: Shortage
+    pressure: PressureState
 
     @property
     def agents(self) -> Iterable[Agent]:
@@ -33,6 +36,7 @@ class Retirement:
     def __init__(self, household: Household, seconds: float) -> None:
         self._household = household
         self._seconds = seconds
+        self._compactions: dict[Domain, Compaction] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -42,7 +46,9 @@ class Retirement:
 
     def look(self) -> None:
         """Begins, pushes on and finishes retirements."""
-        for domain in self._household.domains:
+        domains = list(self._household.domains)
+        self._compactions = {domain: self._compactions.get(domain) or Compaction() for domain in domains}
+        for domain in domains:
             agents = [agent for agent in self._household.agents if agent.domain is domain]
             for agent in agents:
                 if agent.may_hand_over:
@@ -54,14 +60,21 @@ class Retirement:
                 if agent.has_stale_segments:
                     agent.submit(agent.forget_segments)
 
-    def _retire(self, domain: Domain, agents: Iterable[Agent]) -> None:
-        for segment in domain.store.sparse(trio.current_time()):
-            domain.store.begin_retirement(segment, domain.index)
+    def _retire(self, domain: Domain, agents: Collection[Agent]) -> None:
+        now = trio.current_time()
+        patience = PATIENCE if self._household.pressure.level == Level.NONE else 0.0
+        for number in self._compactions[domain].choose(domain.store.fills(now), now, patience=patience):
+            segment = domain.store.segments[number]
+            domain.store.begin_retirement(segment, domain.index_of(segment))
         for segment in list(domain.store.segments.values()):
             if segment.moves is None:
                 continue
+            # A child that has pages of its parent's must not be given what that parks later.
+            apart = segment.owner != 0 and any(
+                agent.segment_pages(segment.number) for agent in agents if agent.number != segment.owner
+            )
             try:
-                domain.store.continue_retirement(segment, domain.index)
+                domain.store.continue_retirement(segment, domain.index_of(segment), apart=apart)
             except OSError as error:
                 if not self._household.shortage.explains(error, "moving pages out of a sparse segment has to wait"):
                     raise

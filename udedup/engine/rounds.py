@@ -16,7 +16,7 @@ from udedup.engine.agent import Agent, Scanned, agents_cpu_seconds
 from udedup.engine.hints import Hinted, HintStack
 from udedup.engine.planner import Targets
 from udedup.engine.scheduler import Step
-from udedup.engine.wire import REPORTS_MAX, AgentError
+from udedup.engine.wire import REPORTS_MAX, SCAN_MAX, AgentError
 
 PATIENCE = 0.02
 """How long others wait for an agent's answer, s. It may answer later (see EngineConfig.answer_seconds), but alone."""
@@ -44,6 +44,8 @@ class Rounds:
         """``width``: agents scanned at a time."""
         self.agents: dict[int, Agent] = {}
         """By number; kept by the server."""
+        self._numbers: dict[int, set[int]] = {}
+        """Of agents, by process."""
         self._counters = counters
         self._hints = hints
         self._width = width
@@ -65,12 +67,17 @@ class Rounds:
     def joined(self, agent: Agent) -> None:
         """Takes part from the current round on."""
         self.agents[agent.number] = agent
+        self._numbers.setdefault(agent.peer.pid, set()).add(agent.number)
         self._due.append(agent)
         self.change()
 
     def left(self, agent: Agent) -> None:
         """Forgets it."""
         del self.agents[agent.number]
+        numbers = self._numbers[agent.peer.pid]
+        numbers.discard(agent.number)
+        if not numbers:
+            del self._numbers[agent.peer.pid]
         self._scanning.discard(agent.number)
         if agent in self._due:
             self._due.remove(agent)
@@ -83,6 +90,16 @@ class Rounds:
         """Wakes whoever waits for something to do."""
         self._changed.set()
         self._changed = trio.Event()
+
+    def image_read(self, pid: int, inode: int, block: int, blocks: int) -> None:
+        """A content hint: process ``pid`` reads blocks of an image, which it may have mapped."""
+        for number in self._numbers.get(pid, ()) if pid else ():
+            agent = self.agents[number]
+            # What it has mapped may not be known yet.
+            if agent.area.hints.waiting:
+                self._take_in([agent], arm=False)
+            if self._hints.read(number, inode, block, blocks):
+                self.change()
 
     def offer_merge(self, targets: Targets) -> None:
         """See agent.Others."""
@@ -212,7 +229,10 @@ class Rounds:
         """
         visited = 0
         free = sum(agent.number not in self._scanning for agent in self._due)
-        share = min(REPORTS_MAX, -(-pages // min(self._width, free)))
+        width = min(self._width, free)
+        share = min(SCAN_MAX, -(-pages // width))
+        if width == 1 and (agent := self._ready()) is not None:
+            return await self._step(agent, share)
         async with trio.open_nursery() as nursery:
 
             async def turn() -> None:
@@ -222,7 +242,7 @@ class Rounds:
                 if visited >= pages:
                     nursery.cancel_scope.cancel()
 
-            for _ in range(min(self._width, free)):
+            for _ in range(width):
                 nursery.start_soon(turn)
         return visited
 

@@ -9,6 +9,7 @@ Without a rate limit spurts follow each other at once, until the linear scan has
 anything: it then rests, longer each time, while hints are still served the moment they come in.
 """
 
+from itertools import islice
 from typing import Protocol
 
 import attrs
@@ -31,15 +32,15 @@ REPAY_SHARE = (7, 8)
 """Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
 
 
-TOGETHER_SECONDS = 0.1
-"""The spurts of so many seconds are done together: each costs a wake-up of the engine and of an agent, which at KSM's
-default rate is most of the work …"""
+TOGETHER_SECONDS = 0.2
+"""The spurts of so many seconds are done together, those for hints first: each time costs a wake-up of the engine and
+of agents, which at KSM's default rate is most of the work …"""
 
-QUIET_SECONDS = 0.5
+QUIET_SECONDS = 1.0
 """… and while no hints come, so many seconds'; a hint then ends the pause. One of somebody who gave none of late always
-does."""
+does, and any where hints need not wait for their share of the rate."""
 
-TOGETHER_PAGES = 4000
+TOGETHER_PAGES = 8000
 """The spurts of about so many pages are done without a look at whether hints have come."""
 
 ROUNDING = 0.01
@@ -106,37 +107,40 @@ class Scheduler:
         """Until cancelled."""
         self._begin_round(trio.current_time())
         self._round_cpu = self._workload.cpu_seconds
-        spurts = 1
-        for hints_first in self._policy.spurts():
+        due = 1
+        spurts = self._policy.spurts()
+        while True:
             await self._workload.wait_for_agents()
             started = trio.current_time()
-            rounds = await self._spurts(hints_first, spurts)
+            rounds = await self._work_on(list(islice(spurts, due)))
             if self._sleep:
-                spurts = await self._sleep_on()
+                due = await self._sleep_on()
             else:
                 await self._pause()
             self._round_seconds += trio.current_time() - started
             if rounds:
                 self._advise()
 
-    async def _spurts(self, hints_first: bool, spurts: int) -> int:
-        """Does the work of so many spurts; returns how many rounds of the linear scan ended."""
+    async def _work_on(self, spurts: list[bool]) -> int:
+        """Does these spurts, each with hints first or not; returns how many rounds of the linear scan ended."""
         rounds = 0
         together = max(1, TOGETHER_PAGES // self._pace.pages_to_scan)
-        self._quiet = self._quiet or hints_first
-        for done in range(0, spurts, together):
-            rounds += await self._spurt(hints_first, min(together, spurts - done))
+        self._quiet = self._quiet or any(spurts)
+        for start in range(0, len(spurts), together):
+            part = spurts[start : start + together]
+            rounds += await self._spurts(part.count(True), part.count(False))
         return rounds
 
-    async def _spurt(self, hints_first: bool, spurts: int) -> int:
-        """Some of them."""
-        left = spurts * self._pace.pages_to_scan
-        if hints_first:
-            hinted = await self._workload.visit_hints(left + self._room_ahead())
+    async def _spurts(self, with_hints: int, without: int) -> int:
+        """So many, at once."""
+        left = 0
+        if with_hints:
+            pages = with_hints * self._pace.pages_to_scan
+            hinted = await self._workload.visit_hints(pages + self._room_ahead())
             self._quiet = self._quiet and hinted == 0
             self._round_visited += hinted
-            left -= hinted
-        left = self._settle(left)
+            left = self._settle(pages - hinted)
+        left += self._settle(without * self._pace.pages_to_scan)
         if left <= 0 or trio.current_time() < self._rests_until:
             return 0
         return await self._scan(left)
@@ -163,9 +167,10 @@ class Scheduler:
         takes_hints = self._policy.hint_runs > 0
         quiet = self._quiet or not takes_hints
         most = max(1, int((QUIET_SECONDS if quiet else TOGETHER_SECONDS) / self._sleep + ROUNDING))
+        any_hint = quiet or self._policy.ahead_seconds > 0
         started = trio.current_time()
         with trio.move_on_after(most * self._sleep):
-            await self._workload.wait_for_change(hints=takes_hints, quiet_only=not quiet)
+            await self._workload.wait_for_change(hints=takes_hints, quiet_only=not any_hint)
         slept = trio.current_time() - started
         await trio.sleep(max(0.0, self._sleep - slept))
         return min(most, max(1, int(slept / self._sleep + ROUNDING)))

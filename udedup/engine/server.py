@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, privileges, report
+from udedup.engine import clients, kernel, maplimit, privileges, psi, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -43,6 +43,8 @@ from udedup.engine.hints import HintStack
 from udedup.engine.link import Link, LinkClosedError, Peer, peer_of, send
 from udedup.engine.listener import listening
 from udedup.engine.native import lib
+from udedup.engine.pressure import PERIOD, PressureState, PressureWatch
+from udedup.engine.relief import CPU_MOST, Caches, EagerPace
 from udedup.engine.retirement import Retirement
 from udedup.engine.rounds import Rounds
 from udedup.engine.scheduler import Scheduler
@@ -62,6 +64,7 @@ from udedup.errors import UdedupError
 
 if TYPE_CHECKING:
     from udedup.engine.cloning import Cloning
+    from udedup.engine.shelves import Shelves
     from udedup.vdi.formats.probe import Opening
     from udedup.vdi.images import Image, Images
 
@@ -81,6 +84,9 @@ JOIN_SECONDS = 0.001
 REQUEST_SECONDS = 0.001
 """What a control request takes, and a report as much again for each process, reading what the kernel says included."""
 
+NUMBERS_PER_AGENT = 4
+"""Agent numbers that there are for each connection that there may be."""
+
 WIDTH = 8
 """Agents scanned at a time when there is no rate limit."""
 
@@ -96,7 +102,16 @@ class Engine:
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
         self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
-        self.pace = _pace(config)
+        files = psi.files() if config.pressure_files is None else config.pressure_files
+        self.pressure_files: tuple[Path, ...] = tuple(files)
+        """Those that are watched."""
+        self.pressure = PressureState()
+        self.pace: Pace = EagerPace(
+            _pace(config),
+            self.pressure,
+            sleep_seconds=config.sleep_millisecs / 1000,
+            max_cpu=CPU_MOST if config.advisor is None else config.advisor.max_cpu,
+        )
         """Sets pages_to_scan."""
         self.identity = (secrets.randbits(64) or 1, secrets.randbits(64) or 1)
         """Tells this engine from earlier ones."""
@@ -199,8 +214,7 @@ class Engine:
         try:
             with agent.scope:
                 await self._work_with(agent, link)
-            if agent.failure is not None:
-                raise agent.failure
+            agent.raise_failure()
         except LinkClosedError as closed:
             farewell = None
             log.info("%s left%s", agent, " in the middle of a request" if closed.asked else "")
@@ -233,11 +247,16 @@ class Engine:
 
             nursery.start_soon(guard, link.receive)
             nursery.start_soon(guard, agent.work)
-        if failure is not None:
-            raise failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            # Its traceback has this frame, which would keep the agent and its shared area.
+            failure = None
 
     def _admit(self, sock: socket.socket, peer: Peer, hello: Hello, number: int, domain: Domain) -> tuple[Agent, Link]:
         """Makes the shared area and sends the welcome. Raises LinkClosedError, or OSError if memory is short."""
+        quiet = self.config.quiet_breaks or bool(hello.flags & lib.UDD_HELLO_QUIET)
         with ExitStack() as stack:
             descriptor = _shared_area()
             stack.callback(os.close, descriptor)
@@ -250,7 +269,7 @@ class Engine:
                 engine_id=self.identity,
                 mount_dev=self.mount_dev,
                 agent_id=number,
-                flags=self._flags(),
+                flags=self._flags(quiet),
                 vma_limit=self._vma_limit,
                 holdoff_ms=self.config.holdoff_millisecs,
             )
@@ -273,29 +292,37 @@ class Engine:
             link=link,
             area=area,
             vma_limit=self._vma_limit,
-            huge_page_threshold=self.config.huge_page_threshold,
+            # How much of a huge page others have would show in whether it is split.
+            huge_page_threshold=1 if quiet else self.config.huge_page_threshold,
             counters=self.counters,
             others=self.rounds,
             newest_segment=lambda: self._numbers.newest,
             shares_first_read=self.config.chosen_policy.shares_first_read,
+            quiet=quiet,
             shortage=self.shortage,
         )
         return agent, link
 
-    def _flags(self) -> int:
+    def _flags(self, quiet: bool) -> int:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
         if self.config.smart_scan:
             flags |= lib.UDD_CONFIG_SMART_SCAN
-        if self.config.huge_page_threshold > 1:
+        if quiet:
+            flags |= lib.UDD_CONFIG_QUIET
+        elif self.config.huge_page_threshold > 1:
             flags |= lib.UDD_CONFIG_KEEP_HUGE
         return flags
 
     def _free_number(self) -> int:
-        """The next free agent number; they go round, so that one just left is not mistaken for its successor."""
+        """The next free agent number; they go round, so that one just left is not mistaken for its successor.
+
+        Not through all there are: the index has a place for each number up to the highest.
+        """
+        turn = min(lib.UDD_AGENT_NUMBERS - 1, NUMBERS_PER_AGENT * self.config.agents_max)
         while True:
-            self._last_number = self._last_number % (lib.UDD_AGENT_NUMBERS - 1) + 1
+            self._last_number = self._last_number % turn + 1
             if self._last_number not in self.rounds.agents:
                 return self._last_number
 
@@ -346,6 +373,7 @@ class Engine:
             counters=self.counters if everything else Counters(),
             pages_to_scan=self.pace.pages_to_scan,
             overwritten=self.hints.overwritten if everything else 0,
+            pressure=self.pressure if self.pressure_files else None,
             agents=agents,
             domains=self.domains if everything else {agent.domain for agent in agents},
             images=[
@@ -441,8 +469,17 @@ class Engine:
         """Opens the images the configuration names. Raises UdedupError."""
         # Only engines with a mount pay for FUSE.
         from udedup.vdi.images import Images
+        from udedup.vdi.state import StateDirectory
 
-        self.images = Images()
+        state = None
+        if self.config.state_dir is not None:
+            try:
+                state = StateDirectory.open(self.config.state_dir)
+            except UdedupError as error:
+                # Digests are hints: it all works without.
+                log.warning("digests of images are not kept: %s", error)
+        self.images = Images(state)
+        self.images.on_changed = self._distrust
         opening = self._opening(self.config.image_format, self.config.secret_file)
         for name, path in self.config.images:
             self._watch(self.images.add(path, name, opening))
@@ -465,10 +502,26 @@ class Engine:
 
     def _forget(self, image: "Image") -> None:
         self.hints.remove_image(image.inode)
+        for domain in self.domains:
+            domain.shelves.pop(image.inode, None)
+
+    def shelves(self) -> "Shelves":
+        """What readers of the mount are served from."""
+        from udedup.engine.shelves import Shelves
+
+        return Shelves(self.rounds.agents.values, self.counters)
+
+    def _distrust(self, image: "Image") -> None:
+        for agent in self.agents:
+            agent.distrust(image.inode)
 
     def on_read(self, image: "Image", first_block: int, blocks: int, pid: int) -> None:
-        """A content hint. Its digests are in the image's table, where the reader's place hint will find them."""
+        """A content hint. Its digests are in the image's table, where the reader's place hint will find them.
+
+        A page fault comes with no place hint: where the reader has the image mapped is known.
+        """
         self.counters.hints_content += blocks
+        self.rounds.image_read(pid, image.inode, first_block, blocks)
 
     # ---- the end ----
 
@@ -492,6 +545,7 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
         _listener(config) as listener,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
+        psi.PressureFiles(engine.pressure_files, period=PERIOD) as pressure,
     ):
         if config.drop_privileges:
             privileges.drop(mount=config.mount is not None)
@@ -501,11 +555,23 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
                 from udedup.vdi.filesystem import serve
 
                 images = engine.load_images()
-                engine.mount_dev = await nursery.start(
-                    partial(serve, config.mount, images, engine.on_read, allow_other=config.allow_other)
+                show = partial(
+                    serve,
+                    config.mount,
+                    images,
+                    engine.on_read,
+                    shelves=engine.shelves(),
+                    allow_other=config.allow_other,
                 )
+                engine.mount_dev = await nursery.start(show)
             nursery.start_soon(scheduler.run)
-            nursery.start_soon(Retirement(engine, config.retire_seconds).run)
+            retirement = Retirement(engine, config.retire_seconds)
+            nursery.start_soon(retirement.run)
+            if engine.pressure_files:
+                caches = Caches(
+                    lambda: engine.domains, engine.hints, lambda: engine.images or (), engine.shortage, retirement.look
+                )
+                nursery.start_soon(PressureWatch(pressure, caches, engine.pressure).run)
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)

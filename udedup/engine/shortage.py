@@ -22,6 +22,8 @@ class Shortage:
     """Of one engine."""
 
     def __init__(self) -> None:
+        self.caches_may_grow = True
+        """Whether to keep what may only be useful later."""
         self._next_line = 0.0
 
     def explains(self, error: OSError, what: str) -> bool:

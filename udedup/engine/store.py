@@ -10,11 +10,11 @@ Segments of an engine that is gone are taken over where ``udedup.engine.adoption
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
 from urllib.parse import quote
 
 import attrs
 
+from udedup.engine.compaction import Fill
 from udedup.engine.index import Index
 from udedup.engine.native import CData, ffi, lib
 from udedup.engine.wire import SEGMENT_BYTES, SEGMENT_SLOTS, check
@@ -26,8 +26,8 @@ SEGMENT_NAME = "udedup-store"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 """Of every segment. Not F_SEAL_SEAL: the next engine, which takes it over, adds F_SEAL_WRITE."""
 
-RETIRE_LIVE_FRACTION = 0.25
-"""A full segment with a smaller part of its slots in use is retired."""
+OWN_SUFFIX = "+own"
+"""Behind the prefix, of segments with one agent's parked pages; quoted labels have no plus."""
 
 
 def segment_prefix(owner: str, label: str) -> str:
@@ -82,9 +82,13 @@ class Inherited:
 class Segment:
     """One sealed memfd of 16 MiB."""
 
-    def __init__(self, number: int, descriptor: int, memory: mmap.mmap, *, settled_at: float = 0) -> None:
+    def __init__(
+        self, number: int, descriptor: int, memory: mmap.mmap, *, settled_at: float = 0, owner: int = 0
+    ) -> None:
         """See :meth:`create` and :meth:`inherit`; takes both over."""
         self.number = number
+        self.owner = owner
+        """Number of the one agent whose parked pages it has; 0: its pages are shared."""
         self.descriptor = descriptor
         """Read-only: what agents get."""
         self.identity = Identity.of(descriptor)
@@ -98,7 +102,7 @@ class Segment:
         """Once it retires: where its slots went, struct udd_move[]."""
 
     @classmethod
-    def create(cls, number: int, prefix: str) -> "Segment":
+    def create(cls, number: int, prefix: str, owner: int) -> "Segment":
         """An empty one. Raises OSError."""
         writable = os.memfd_create(f"{prefix}-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
         try:
@@ -107,7 +111,8 @@ class Segment:
             os.ftruncate(writable, SEGMENT_BYTES)
             memory = mmap.mmap(writable, SEGMENT_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             fcntl.fcntl(writable, fcntl.F_ADD_SEALS, SEALS)
-            return cls(number, os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), memory)
+            descriptor = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+            return cls(number, descriptor, memory, owner=owner)
         finally:
             os.close(writable)
 
@@ -145,19 +150,31 @@ class Store:
         self.segments: dict[int, Segment] = {}
         """By number, retiring ones included."""
         self._by_identity: dict[Identity, Segment] = {}
-        self._current: Segment | None = None
+        self._current: dict[tuple[int, int], Segment] = {}
+        """Which takes the next slots: by the agent that parks in it (0: nobody, it is shared), and see ``source``."""
 
-    def writable(self) -> Segment:
-        """The segment that takes the next slots; a new one if the last is full. Raises OSError."""
-        if self._current is not None and self.state(self._current.number)[0] < SEGMENT_SLOTS:
-            return self._current
-        segment = Segment.create(self._numbers.take(), self.prefix)
+    def writable(self, owner: int = 0, source: int = 0) -> Segment:
+        """The segment that takes the next slots; a new one if the last is full. Raises OSError.
+
+        ``owner``: of one agent's parked pages; 0: shared ones. ``source``: only such as came from that segment.
+        """
+        current = self._current.get((owner, source))
+        if current is not None and self.state(current.number)[0] < SEGMENT_SLOTS:
+            return current
+        prefix = self.prefix + OWN_SUFFIX if owner else self.prefix
+        segment = Segment.create(self._numbers.take(), prefix, owner)
         check(lib.udd_store_add_segment(self.handle, segment.number, segment.base), "a new segment")
-        if self._current is not None:
-            self._current.release_pages()
+        if owner:
+            check(lib.udd_store_own_segment(self.handle, segment.number, owner), "a new segment")
+        if current is not None:
+            current.release_pages()
         self._keep(segment)
-        self._current = segment
+        self._current[owner, source] = segment
         return segment
+
+    def close_own(self, owner: int) -> None:
+        """An agent parks no more in the segment it has: it is gone, or has a child that knows the segment."""
+        self._current.pop((owner, 0), None)
 
     def find(self, identity: Identity) -> Segment | None:
         """The segment with this memory."""
@@ -193,34 +210,50 @@ class Store:
         """Store pages in use."""
         return sum(self.state(number)[1] for number in self.segments)
 
+    def dead_slots(self, owner: int) -> int:
+        """Of an agent's own segments: slots not in use that nobody is about to give back yet."""
+        states = [self.state(segment.number) for segment in self.segments.values() if segment.owner == owner]
+        return sum(used - live for used, live, _ in states)
+
+    @property
+    def parked_slots(self) -> int:
+        """Of them: with parked pages."""
+        return sum(self.state(segment.number)[1] for segment in self.segments.values() if segment.owner)
+
     @property
     def used_slots(self) -> int:
         """Store pages written, dead ones included."""
         return sum(self.state(number)[0] for number in self.segments)
 
-    def sparse(self, now: float) -> Iterator[Segment]:
-        """Full segments worth retiring."""
-        for segment in list(self.segments.values()):
-            used, live, _ = self.state(segment.number)
-            if segment is self._current or segment.moves is not None or now < segment.settled_at:
-                continue
-            if live < RETIRE_LIVE_FRACTION * used or not used:
-                yield segment
+    def fills(self, now: float) -> list[Fill]:
+        """Of all segments that may be retired."""
+        growing = {segment.number for segment in self._current.values()}
+        return [
+            Fill(
+                segment.number,
+                *self.state(segment.number),
+                growing=segment.number in growing,
+                own=segment.owner != 0,
+            )
+            for segment in self.segments.values()
+            if segment.moves is None and now >= segment.settled_at
+        ]
 
     def begin_retirement(self, segment: Segment, index: Index) -> None:
         """From here on nothing new is merged with ``segment``."""
+        self._current = {key: current for key, current in self._current.items() if current is not segment}
         index.forget_segment(segment.number)
         segment.moves = ffi.new("struct udd_move[]", SEGMENT_SLOTS)
 
-    def continue_retirement(self, segment: Segment, index: Index) -> None:
+    def continue_retirement(self, segment: Segment, index: Index, *, apart: bool) -> None:
         """Finds or makes another place for what is live in ``segment`` and has none yet. Raises OSError.
 
-        Not only once: who was away may come back with references.
+        Not only once: who was away may come back with references. ``apart``: its pages stay among themselves.
         """
         position = ffi.new("uint32_t *")
         used, live, _ = self.state(segment.number)
         while live and position[0] < used:
-            target = self.writable()
+            target = self.writable(segment.owner, segment.number if apart else 0)
             check(
                 lib.udd_store_move(self.handle, index.handle, segment.number, target.number, position, segment.moves),
                 f"moving segment {segment.number}",
@@ -236,14 +269,17 @@ class Store:
             check(lib.udd_store_remove_segment(self.handle, segment.number), f"closing segment {segment.number}")
             del self.segments[segment.number]
             del self._by_identity[segment.identity]
+            self._current.pop((segment.owner, segment.number), None)
             segment.close()
             finished.append(segment.number)
         return finished
 
     def close(self) -> None:
         """Closes all segments. Agents keep what they have mapped."""
+        # Shelves may outlive it.
+        lib.udd_store_close(self.handle)
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()
         self._by_identity.clear()
-        self._current = None
+        self._current.clear()

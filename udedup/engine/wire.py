@@ -29,6 +29,7 @@ RESULT_BYTES: int = ffi.sizeof("struct udd_merge_result")
 PAGE: int = lib.UDD_PAGE_SIZE
 ITEMS_MAX: int = lib.UDD_ITEMS_MAX
 REPORTS_MAX: int = lib.UDD_REPORTS_MAX
+SCAN_MAX: int = lib.UDD_SCAN_MAX
 COPY_MAX: int = lib.UDD_COPY_MAX
 HUGE_PAGES: int = lib.UDD_HUGE_PAGES
 SEGMENT_SLOTS: int = lib.UDD_SEGMENT_SLOTS

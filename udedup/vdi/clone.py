@@ -8,6 +8,8 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +18,8 @@ import trio
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.formats.overlay import Overlay
 from udedup.vdi.formats.probe import Opened
-from udedup.vdi.images import Image, Stamp, stamp_of
+from udedup.vdi.formats.raw import RawFile
+from udedup.vdi.images import Image
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,13 @@ class Clone(Image):
         assert isinstance(opened.layer, Overlay)
         self._overlay = opened.layer
         self._turn = trio.Lock()
+        self._changing = 0, 0
+        """Bytes [start, end) that are being written: old, new or a mixture."""
         super().__init__(name, path, inode, opened)
+
+    @property
+    def identity(self) -> None:
+        """Its digests are not kept: they change all the time, and those of the base are kept with that."""
 
     @property
     def mtime_ns(self) -> int:
@@ -42,9 +51,15 @@ class Clone(Image):
         """Bytes that the overlay takes on its file system."""
         return os.fstat(self._files[0].descriptor).st_blocks * 512
 
-    def examine(self) -> Stamp:
-        """Looks at the base only: the overlay is ours to change."""
-        return stamp_of(self._files[1:])
+    @property
+    def foreign(self) -> tuple[RawFile, ...]:
+        """The base: the overlay is ours to change, and nobody else's."""
+        return self._files[1:]
+
+    def noteworthy(self, generation: int, offset: int, size: int) -> bool:
+        """See Image. What is being written may be another thing soon."""
+        start, end = self._changing
+        return super().noteworthy(generation, offset, size) and not (start < offset + size and offset < end)
 
     @property
     def unsettled(self) -> bool:
@@ -60,15 +75,33 @@ class Clone(Image):
         if whole and not any(data[:16]) and data == bytes(len(data)):
             await self.zero(offset, len(data), limiter)
             return
-        async with self._turn:
+        async with self._change(offset, len(data)):
             await trio.to_thread.run_sync(self._overlay.write, offset, data, limiter=limiter)
-        self.written(offset, len(data))
 
     async def zero(self, offset: int, length: int, limiter: trio.CapacityLimiter | None = None) -> None:
         """Makes a stretch read as zeros and take no room. Raises OSError."""
-        async with self._turn:
+        async with self._change(offset, length):
             await trio.to_thread.run_sync(self._overlay.zero, offset, length, limiter=limiter)
-        self.written(offset, length)
+
+    @asynccontextmanager
+    async def _change(self, offset: int, length: int) -> AsyncIterator[None]:
+        """Around what changes bytes [offset, offset + length), or a part of them if it fails.
+
+        What was known of their content is forgotten at once, so that nobody who has seen what is new can see the old
+        again, and once more at the end. Nobody notes anything of them in between.
+        """
+        async with self._turn:
+            self._changing = offset, offset + length
+            self._forget(offset, length)
+            try:
+                yield
+            finally:
+                self._forget(offset, length)
+                self._changing = 0, 0
+
+    def _forget(self, offset: int, length: int) -> None:
+        self.generation += 1
+        self.drop_digests(offset, length)
 
     async def settle(self, limiter: trio.CapacityLimiter | None = None) -> None:
         """Returns once all that was written before is on the disk for good. Raises OSError."""

@@ -1,7 +1,7 @@
 """Digests of an image's 4 KiB blocks, in memory that costs only what has been read.
 
-The table says what a block was when it was last digested. It is a hint, never a promise: whoever merges on the
-strength of it compares bytes first.
+The table says what a block was when it was last digested, perhaps by an engine before this one. It is a hint, never a
+promise: whoever merges on the strength of it compares bytes first.
 """
 
 import mmap
@@ -11,8 +11,12 @@ from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ign
 
 BLOCK_BYTES: Final = 4096
 DIGEST_BYTES: Final = 16
-DROPPED_MAX: Final = 1 << 20
-"""Blocks whose digests are dropped one by one: 4 GiB of the disk."""
+PAGE_BLOCKS: Final = 256
+"""Blocks whose digests make a page of the table, the unit in which they are kept on disk."""
+PAGE_BYTES: Final = PAGE_BLOCKS * DIGEST_BYTES
+EMPTY_PAGE: Final = bytes(PAGE_BYTES)
+DROPPED_MAX: Final = 4096
+"""Pages from which digests are dropped one by one: 4 GiB of the disk."""
 # <asm-generic/mman.h>; Python's mmap module has it from 3.13 on.
 MAP_NORESERVE: Final = 0x4000
 
@@ -27,11 +31,18 @@ class DigestTable:
 
     def __init__(self, blocks: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self.memory = mmap.mmap(-1, max(blocks, 1) * DIGEST_BYTES, flags=flags)
+        self.pages = max(-(-blocks // PAGE_BLOCKS), 1)
+        self.memory = mmap.mmap(-1, self.pages * PAGE_BYTES, flags=flags)
         # One digest must not cost a huge page, which would stand for 512 MiB of image.
         self.memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._words = memoryview(self.memory).cast("Q")
         self._address = ffi.cast("uint64_t *", ffi.from_buffer(self.memory))
+        self.unkept: set[int] = set()
+        """Pages that have changed since whoever keeps them on disk has taken them out of here."""
+        self.dropped: set[int] = set()
+        """Those of them from which digests have been dropped."""
+        self.emptied = False
+        """Whether all have been dropped at once, so that what is kept of them is worthless."""
 
     def known(self, first: int, count: int) -> bool:
         """Whether the digests of all of blocks [first, first + count) are there.
@@ -44,17 +55,44 @@ class DigestTable:
     def compute(self, first: int, count: int, data: bytes | memoryview, skip: int) -> None:
         """Digests ``count`` blocks found in ``data`` from byte ``skip`` on and enters them from block ``first`` on."""
         lib.udd_digest_pages(ffi.from_buffer(data) + skip, count, self._address + 2 * first)
+        self.unkept.update(pages_of(first, count))
 
     def drop(self, first: int, count: int) -> None:
         """Forgets the digests of blocks [first, first + count), which have been written or discarded.
 
-        If they are very many, all are forgotten: that touches no memory.
+        If they are very many, all are forgotten: to remember which would take as much as to compute them again.
         """
-        if count > DROPPED_MAX:
+        pages = pages_of(first, count)
+        if len(pages) > DROPPED_MAX:
             self.clear()
+            self.emptied = True
             return
         self._words[2 * first : 2 * (first + count)] = memoryview(bytes(count * DIGEST_BYTES)).cast("Q")
+        self.unkept.update(pages)
+        self.dropped.update(pages)
+
+    def page(self, number: int) -> bytes:
+        """A copy of a page: PAGE_BYTES."""
+        return self.memory[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
+
+    def fill(self, number: int, digests: bytes) -> None:
+        """Enters those digests of a page, PAGE_BYTES, that are not known yet."""
+        lib.udd_fill_digests(self._address + number * 2 * PAGE_BLOCKS, ffi.from_buffer(digests), PAGE_BLOCKS)
 
     def clear(self) -> None:
         """Forgets all digests and gives the memory back."""
         self.memory.madvise(mmap.MADV_DONTNEED)
+        self.unkept.clear()
+        self.dropped.clear()
+
+
+def pages_of(first: int, count: int) -> range:
+    """The pages of the table that have the digests of blocks [first, first + count), at least one block."""
+    return range(first // PAGE_BLOCKS, (first + count - 1) // PAGE_BLOCKS + 1)
+
+
+def merge_digests(page: bytes, other: bytes) -> bytes:
+    """``page`` with those digests from ``other`` that it lacks; both PAGE_BYTES."""
+    merged = bytearray(page)
+    lib.udd_fill_digests(ffi.cast("uint64_t *", ffi.from_buffer(merged)), ffi.from_buffer(other), PAGE_BLOCKS)
+    return bytes(merged)

@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
@@ -22,6 +22,7 @@ import attrs
 import pyfuse3
 import trio
 
+from udedup._native import ffi  # type: ignore[import-not-found, unused-ignore]
 from udedup.errors import UdedupError
 from udedup.vdi import mountpoint as mountpoints
 from udedup.vdi.clone import Clone
@@ -29,7 +30,11 @@ from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
 from udedup.vdi.fixed import FixedDirectory, refuse
 from udedup.vdi.holders import name_holders
-from udedup.vdi.images import NAME_BYTES_MAX, Image, Images
+from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, blocks_within, examine
+from udedup.vdi.openers import NoShelves, Opener, ShelfSource
+from udedup.vdi.shelf import Shelf
+from udedup.vdi.tidy import Tidier
+from udedup.vdi.watching import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +46,14 @@ READ_BYTES_MAX: Final = 1 << 20
 # has cached of it).
 ENTRY_SECONDS: Final = 3600.0
 ATTRIBUTE_SECONDS: Final = 1.0
-# How often the files of images that have been read are examined for changes.
+# How often the files of images that have been read are examined for changes, …
 EXAMINE_SECONDS: Final = 1.0
 # How long a write may stay in memory if nobody asks for it to be on the disk.
 SETTLE_SECONDS: Final = 5.0
+# … and how often at most those of which inotify tells that they have changed.
+NOTICE_SECONDS: Final = 0.1
+# Every so many times that images which have been read are examined, those that are only open are examined as well.
+OPEN_TURNS: Final = 3
 # Reads that wait for disks at the same time; apart from trio's own limit, so that they can't use up the threads of the
 # rest of the engine.
 DISK_THREADS: Final = 16
@@ -52,46 +61,82 @@ PREPARE_SECONDS: Final = 10.0
 RELEASE_SECONDS: Final = 1.0
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Handle:
     """One open file."""
 
     image: Image
     """What is open."""
-    pid: int
-    """Process that opened it; those it has forked share it. 0 if unknown."""
+    opener: Opener
+    """Process that opened it; those it has forked share it."""
+    direct: bool
+    """Whether its reads pass by the kernel's page cache."""
+    own: bool
+    """Whether we opened it ourselves."""
+    shelf: Shelf | None = None
+    """What it may be served from."""
+    asked: int = -1
+    """The turn of the shelves when it was last asked for."""
+
+    @property
+    def pid(self) -> int:
+        """Of the opener. 0 if unknown."""
+        return self.opener.pid
 
 
 class ImageFilesystem(FixedDirectory):
     """Answers the kernel's requests. Handlers raise FUSEError only; what else they raise ends the mount."""
 
-    def __init__(self, images: Images, on_read: OnRead, *, allow_other: bool) -> None:
+    def __init__(self, images: Images, on_read: OnRead, shelves: ShelfSource, *, allow_other: bool) -> None:
         super().__init__()
+        self.tidier = Tidier(images, self._among_friends)
         self.handles: dict[int, Handle] = {}
         self._images = images
         self._on_read = on_read
+        self._shelves = shelves
         self._allow_other = allow_other
+        self._watcher = Watcher()
         self._numbers = itertools.count(1)
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         # Every answer from the page cache is built here. That is safe because pyfuse3 hands the returned view to the
         # kernel before it gives up control.
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
+        self._room = ffi.from_buffer(self._buffer)
 
     async def watch(self) -> None:
-        """Examines images that are being read until cancelled.
+        """Examines images that are being read, or might be in page faults that the kernel serves, until cancelled.
 
         Once a second and in a worker thread, not on every read: a stat on each costs 7% of a 4 KiB read, and no
         frequency would make digests trustworthy, since a write can follow any check (and a block device has no mtime).
         """
-        while True:
+        for turn in itertools.count(1):
             await trio.sleep(EXAMINE_SECONDS)
+            self._watcher.keep_only(self._images.by_inode.keys())
             for image in self._images:
-                if image.touched:
+                if image.touched or (image.openers and turn % OPEN_TURNS == 0):
                     image.touched = False
-                    async with self._images.examining:
-                        # It may have been taken out while others were examined.
-                        if image.inode in self._images.by_inode:
-                            await self._examine(image)
+                    await self._examine(image)
+
+    async def notice(self) -> None:
+        """Examines images whose files have been changed, as inotify tells, until cancelled."""
+        while True:
+            for inode in await self._watcher.changed():
+                image = self._images.by_inode.get(inode)
+                if image is not None:
+                    # First, or a change in between would go unnoticed.
+                    self._watcher.watch(inode, image.descriptors)
+                    await self._examine(image)
+            await trio.sleep(NOTICE_SECONDS)
+
+    async def _examine(self, image: Image) -> None:
+        async with self._images.examining:
+            # It may have been taken out while others were examined.
+            if image.inode in self._images.by_inode:
+                await examine(image, self._limiter)
+
+    def close(self) -> None:
+        """Stops watching files."""
+        self._watcher.close()
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return self._root_attributes() if inode == pyfuse3.ROOT_INODE else self._attributes(self._image(inode))
@@ -137,13 +182,19 @@ class ImageFilesystem(FixedDirectory):
         image = self._image(inode)
         if (flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC) and not isinstance(image, Clone):
             refuse()
-        handle = Handle(image, process_of(ctx.pid))
+        handle = Handle(
+            image,
+            Opener.of(process_of(ctx.pid), ctx.uid),
+            direct=bool(flags & os.O_DIRECT),
+            own=ctx.pid in self.tidier.threads,
+        )
         # Counts from now on: while it is examined nobody may take it out of the mount.
-        image.openers[handle.pid] += 1
+        image.opened_by(handle.pid, direct=handle.direct)
         try:
-            await self._examine(image)
+            self._watcher.watch(inode, image.descriptors)
+            await examine(image, self._limiter)
         except BaseException:
-            image.closed_by(handle.pid)
+            image.closed_by(handle.pid, direct=handle.direct)
             raise
         number = next(self._numbers)
         self.handles[number] = handle
@@ -155,7 +206,7 @@ class ImageFilesystem(FixedDirectory):
 
     async def release(self, fh: int) -> None:
         handle = self.handles.pop(fh)
-        handle.image.closed_by(handle.pid)
+        handle.image.closed_by(handle.pid, direct=handle.direct)
 
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
         """The bytes asked for, fewer only at the end of the image.
@@ -170,6 +221,9 @@ class ImageFilesystem(FixedDirectory):
         if size <= 0:
             return b""
         image.touched = True
+        shelf = handle.shelf or self._find_shelf(handle)
+        if shelf is not None:
+            return await self._read_with(shelf, handle, off, size)
         generation = image.generation
         data: bytes | memoryview = self._buffer[:size]
         try:
@@ -180,9 +234,9 @@ class ImageFilesystem(FixedDirectory):
         except OSError as error:
             fail(image, error)
         # Digests of what was read before a change was noticed must not outlive it.
-        if generation == image.generation:
+        if image.noteworthy(generation, off, size):
             first, count = image.note_digests(off, data)
-            if count:
+            if count and not handle.own:
                 self._on_read(image, first, count, handle.pid)
         return data
 
@@ -235,13 +289,56 @@ class ImageFilesystem(FixedDirectory):
             refuse()
         return image
 
-    async def _examine(self, image: Image) -> None:
-        try:
-            stamp = await trio.to_thread.run_sync(image.examine, abandon_on_cancel=True, limiter=self._limiter)
-        except OSError as error:
-            image.report("examine", f"can't be examined for changes: {error.strerror}")
+    async def _read_with(self, shelf: Shelf, handle: Handle, off: int, size: int) -> bytes | memoryview:
+        """:meth:`read` for somebody in a trust domain: what its store has, which is on ``shelf``, is not read anew."""
+        image = handle.image
+        generation = image.generation
+        taken = shelf.take(off, size, self._room)
+        if taken is not None and taken.data is not None:
+            data: bytes | memoryview = taken.data
+            epoch = taken.epoch
+            first, count = blocks_within(off, size)
         else:
-            image.update(stamp)
+            gaps = ((0, size),) if taken is None else taken.gaps
+            epoch = image.watch.epoch if taken is None else taken.epoch
+            try:
+                data = await self._fill(image, off, size, gaps)
+            except OSError as error:
+                fail(image, error)
+            if not image.noteworthy(generation, off, size):
+                return data
+            first, count = image.note_digests(off, data)
+            shelf.put(first, count, data, first * BLOCK_BYTES - off, epoch)
+        if count:
+            self._on_read(image, first, count, handle.pid)
+            if not handle.direct:
+                self.tidier.served(image, shelf, first, count, epoch)
+        return data
+
+    async def _fill(self, image: Image, off: int, size: int, gaps: Sequence[tuple[int, int]]) -> memoryview:
+        """Reads ``gaps`` of a read whose other bytes are in the buffer, and returns all. Raises OSError."""
+        if all(image.read_cached(self._buffer[start:end], off + start) for start, end in gaps):
+            return self._buffer[:size]
+        # Others will use the buffer while this one waits for the disk.
+        view = memoryview(bytearray(self._buffer[:size]))
+        await trio.to_thread.run_sync(image.read_gaps, view, off, gaps, abandon_on_cancel=True, limiter=self._limiter)
+        return view
+
+    def _find_shelf(self, handle: Handle) -> Shelf | None:
+        """Looks for the shelf of one who has none so far, unless nobody has joined since it was last looked for."""
+        turn = self._shelves.turn
+        if handle.asked != turn and not handle.own:
+            handle.asked = turn
+            handle.shelf = self._shelves.find(handle.image, handle.opener)
+        return handle.shelf
+
+    def _among_friends(self, image: Image, shelf: Shelf) -> bool:
+        """Whether only those have ``image`` open who may know what is on ``shelf``."""
+        handles = [handle for handle in self.handles.values() if handle.image is image and not handle.own]
+        return all(
+            found is shelf or (found is None and self._shelves.may_know_all(handle.opener.uid))
+            for handle, found in ((handle, self._find_shelf(handle)) for handle in handles)
+        )
 
     def _image(self, inode: int) -> Image:
         image = self._images.by_inode.get(inode)
@@ -264,6 +361,9 @@ class ImageFilesystem(FixedDirectory):
         # Other users may read what they may read of the file itself, if they are let in at all.
         most = 0o666 if isinstance(image, Clone) else 0o444
         entry.st_mode = stat.S_IFREG | (image.mode if self._allow_other else 0o600) & most
+        if image.generation or isinstance(image, Clone):
+            # Agents must not take it for one that stays as it is, also if it can't be written here.
+            entry.st_mode |= stat.S_IWUSR
         entry.st_uid, entry.st_gid = image.owner if self._allow_other else (os.geteuid(), os.getegid())
         entry.st_size = image.size
         entry.st_blocks = -(-image.size // 512)
@@ -349,6 +449,7 @@ async def serve(
     images: Images,
     on_read: OnRead,
     *,
+    shelves: ShelfSource | None = None,
     allow_other: bool = False,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -358,19 +459,35 @@ async def serve(
     called in the loop's thread for every read that covers whole blocks, after their digests are in the image's table
     and right before the reader gets the data; ``pid`` is the process that opened the file. Returns, with a warning
     logged, if somebody unmounts. With ``allow_other`` other users may read what the image files' permissions let
-    them read; off, the engine's user only. Raises UdedupError if the mount can't be made.
+    them read; off, the engine's user only. ``shelves`` says who may be served from a store. Raises UdedupError if the
+    mount can't be made.
 
     A process can have one mount (pyfuse3 keeps it in module state).
     """
     await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
     directory = await prepare(mountpoint)
-    filesystem = ImageFilesystem(images, on_read, allow_other=allow_other)
+    async with images.keeping():
+        with closing(ImageFilesystem(images, on_read, shelves or NoShelves(), allow_other=allow_other)) as filesystem:
+            await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
+
+
+async def serve_session(
+    directory: Path,
+    filesystem: ImageFilesystem,
+    images: Images,
+    *,
+    allow_other: bool,
+    task_status: trio.TaskStatus[int],
+) -> None:
+    """:func:`serve`, once the directory is fit for it."""
     with session(directory, filesystem, allow_other=allow_other) as descriptor, fast_poll(descriptor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(filesystem.watch)
             nursery.start_soon(filesystem.settle)
+            nursery.start_soon(filesystem.notice)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
+            nursery.start_soon(filesystem.tidier.run, directory)
             try:
                 task_status.started(images.mount_device)
                 await trio.sleep_forever()
@@ -384,6 +501,7 @@ async def withdraw(images: Images, image: Image, on_removed: Callable[[], None])
     ``on_removed`` is called once nobody can open it any more, and before it is closed. Raises UdedupError, saying who
     holds it, if it is open.
     """
+    await images.flush(image)
     # The kernel tells of the last close when it gets round to it.
     with trio.move_on_after(RELEASE_SECONDS):
         while image.openers:
@@ -408,6 +526,8 @@ async def withdraw(images: Images, image: Image, on_removed: Callable[[], None])
     if device is not None:
         await trio.to_thread.run_sync(forget_name, image.name, abandon_on_cancel=True)
     async with images.examining:
+        if image.kept is not None:
+            await image.kept.close()
         image.close()
 
 

@@ -19,7 +19,7 @@ static bool all_right(void)
 int main(void)
 {
 	char line[64], command[32];
-	unsigned long number;
+	unsigned long number, byte;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	pages = getenv("PAGES") ? strtoul(getenv("PAGES"), NULL, 0) : 64;
@@ -29,8 +29,8 @@ int main(void)
 	fill(at, pages, 1, WHOLE, 0);
 	printf("%lu\n", (unsigned long)at);
 	while (fgets(line, sizeof(line), stdin)) {
-		number = 0;
-		if (sscanf(line, "%31s %lu", command, &number) < 1)
+		number = byte = 0;
+		if (sscanf(line, "%31s %lu %lu", command, &number, &byte) < 1)
 			continue;
 		if (strcmp(command, "merged") == 0) {
 			printf("%zu\n", count_merged(at, pages));
@@ -45,6 +45,9 @@ int main(void)
 			fill_page(at + number * PAGE, 2, number);
 			written[number] = true;
 			printf("%.6f\n", seconds() - started);
+		} else if (strcmp(command, "flip") == 0) {
+			at[number * PAGE + byte] ^= 1;
+			printf("ok\n");
 		} else if (strcmp(command, "fork") == 0) {
 			pid_t child = fork();
 

@@ -3,6 +3,7 @@
 #include <stdarg.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "agent/agent.h"
@@ -137,6 +138,64 @@ static void bss_neighbours(void)
 	check(is_candidate(0x90000, 0xa0000, 0));
 	check(layout.count == 3);
 	check(layout.present == (64 * 3 + 40 + 8) << 10);
+}
+
+static void note_mapping(uint32_t at, uint64_t start, uint64_t end, uint64_t inode, bool shared)
+{
+	udd_agent.files[at] = (struct udd_file){
+		.span = {start, end},
+		.device = makedev(0xfe, 0x123),
+		.inode = inode,
+		.mergeable = 1,
+		.shared = shared,
+		.protection = PROT_READ,
+	};
+	udd_agent.files_used = at + 1;
+}
+
+static uint32_t file_at(uint64_t start, uint64_t end)
+{
+	return is_candidate(start, end, 0) ? udd_layout_find(&layout, start)->file : 0;
+}
+
+// Of a file's mappings, those that are known, as far as they are.
+static void files(void)
+{
+	static const char PRIVATE[] = "r--p 00000000 fe:123 99                        /mnt/a.img";
+	static const char SHARED[] = "r--s 00000000 fe:123 99                        /mnt/a.img";
+	static const char OTHER[] = "r--p 00000000 fe:01 99                         /mnt/a.img";
+
+	// Not in the order of addresses.
+	note_mapping(0, 0x30000, 0x38000, 99, false);
+	note_mapping(1, 0x10000, 0x14000, 99, false);
+	note_mapping(2, 0x50000, 0x60000, 98, false);
+	note_mapping(3, 0x70000, 0x80000, 99, true);
+	note_mapping(4, 0x90000, 0xa0000, 99, false);
+	note_mapping(5, 0xb0000, 0xc0000, 99, false);
+	note_mapping(6, 0xd0000, 0xe0000, 99, false);
+	note_mapping(7, 0xf0000, 0x100000, 99, false);
+	note_mapping(8, 0x110000, 0x120000, 99, false);
+	note_mapping(9, 0x14000, 0x18000, 99, false);
+	udd_agent.files[4].mergeable = 0;
+	udd_layout_note_files(&layout);
+	check(layout.file_count == 9);
+	begin();
+	add(0x10000, 0x20000, PRIVATE, 8, PLAIN);  // two of ours, and more
+	add(0x30000, 0x34000, PRIVATE, 4, PLAIN);  // the rest was merged
+	add(0x34000, 0x38000, "r--p 00003000 00:01 2051                       /memfd:udedup-store (deleted)", 16, PLAIN);
+	add(0x50000, 0x60000, PRIVATE, 4, PLAIN);  // another file
+	add(0x70000, 0x80000, SHARED, 4, PLAIN);
+	add(0x90000, 0xa0000, PRIVATE, 4, PLAIN);  // changed since
+	add(0xb0000, 0xc0000, SHARED, 4, PLAIN);   // not what it was
+	add(0xd0000, 0xe0000, OTHER, 4, PLAIN);    // of another file system
+	add(0xf0000, 0x100000, PRIVATE, 4, "rd mr mw me lo sd");
+	add(0x110000, 0x120000, PRIVATE, 4, "rd mr mw me dc sd");
+	done();
+	check(layout.count == 4);
+	check(file_at(0x10000, 0x14000) == 2 && file_at(0x14000, 0x18000) == 10);
+	check(file_at(0x30000, 0x34000) == 1 && file_at(0x70000, 0x80000) == 4);
+	check(layout.present == (8 + 4 + 16 + 4) << 10);
+	layout.file_count = 0;
 }
 
 static void long_lines(size_t length)
@@ -284,6 +343,7 @@ int main(void)
 	attributes();
 	exclusions();
 	bss_neighbours();
+	files();
 	long_lines(4096);
 	long_lines(60000);
 	long_lines(UDD_LAYOUT_BUFFER);

@@ -120,10 +120,11 @@ static void check_all(void)
 // A page is passed over ever longer while it stays the same, 8 rounds at most, and not at all once it changes.
 static void ages(void)
 {
-	static const uint32_t expected[] = {0, 0, 1, 2, 4, 8, 8, 8, 8};
+	static const uint32_t expected[] = {0, 1, 2, 4, 8, 8, 8, 8};
 	uint32_t checksum = udd_mark_of(0x1234567800000000);
 	uint32_t mark = udd_mark_after(UDD_MARK_NONE, checksum);
 
+	check(udd_mark_age(checksum) == 0 && udd_mark_age(mark) == 1);
 	check(udd_mark_has(mark, checksum) && udd_mark_skips(mark) == 0 && !udd_mark_skip(&mark));
 	for (size_t look = 0; look < sizeof(expected) / sizeof(expected[0]); look++) {
 		mark = udd_mark_after(mark, checksum);

@@ -1,6 +1,6 @@
 """Damaged images: whatever is in them, they are refused in one line or their reads give bytes or EIO.
 
-``fuzz_bytes(kind, data)`` is one attempt, for other fuzzers to call too.
+``fuzz_bytes(kind, data)`` is one attempt, for another fuzzer (``fuzz`` beside this file) to call too.
 """
 
 import errno
@@ -21,6 +21,8 @@ from udedup.vdi.images import Images
 
 KIB = 1 << 10
 SIZE = 96 * KIB
+SIZE_MOST = 192 * KIB
+"""Of an image's file."""
 VARIANTS = {
     "qcow2": ("qcow2", "cluster_size=512"),
     "qcow2-v2": ("qcow2", "cluster_size=512,compat=0.10"),
@@ -50,7 +52,7 @@ def seed(variant: str) -> bytes:
     commands = [word for start in (0, 3000, 40000, 70000) for word in ("-c", f"write -q {start // 512 * 512} 2048")]
     subprocess.run(["qemu-io", "-f", kind, *commands, path], check=True)
     # Of a VDI's block of 1 MiB the beginning does.
-    return path.read_bytes()[: 192 * KIB]
+    return path.read_bytes()[:SIZE_MOST]
 
 
 def fuzz_bytes(kind: str, data: bytes) -> str:
@@ -92,16 +94,27 @@ def put(data: bytearray, offset: int, value: bytes) -> None:
     data[offset : offset + len(value)] = value[: len(data) - offset]
 
 
-NUMBERS = st.one_of(
-    st.sampled_from(
-        [0, 1, 2, 511, 512, 4096, 65536, 1 << 20, 1 << 31, 1 << 32, 1 << 55, 1 << 62, 1 << 63, (1 << 64) - 1]
-    ),
-    st.integers(0, (1 << 64) - 1),
-)
+NUMBERS_OF_NOTE = [
+    0,
+    1,
+    2,
+    511,
+    512,
+    4096,
+    1 << 16,
+    1 << 20,
+    1 << 31,
+    1 << 32,
+    1 << 55,
+    1 << 62,
+    1 << 63,
+    (1 << 64) - 1,
+]
+NUMBERS = st.one_of(st.sampled_from(NUMBERS_OF_NOTE), st.integers(0, (1 << 64) - 1))
 CHANGES = st.lists(
     st.tuples(
         # The header most of all, then its extensions and the tables.
-        st.one_of(st.integers(0, 511), st.integers(0, 8 * KIB), st.integers(0, 192 * KIB)),
+        st.one_of(st.integers(0, 511), st.integers(0, 8 * KIB), st.integers(0, SIZE_MOST)),
         st.one_of(
             st.binary(min_size=1, max_size=16),
             st.builds(struct.pack, st.sampled_from([">Q", "<Q"]), NUMBERS),
@@ -110,7 +123,7 @@ CHANGES = st.lists(
     ),
     max_size=6,
 )
-LENGTHS = st.one_of(st.none(), st.integers(1, 192 * KIB))
+LENGTHS = st.one_of(st.none(), st.integers(1, SIZE_MOST))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

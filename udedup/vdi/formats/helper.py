@@ -179,6 +179,9 @@ class Helper:
         """For threads that trio has started (trio.to_thread)."""
         trio.from_thread.run(self.fetch, view, offset)
 
+    def data_at(self, offset: int, length: int) -> tuple[bool, int]:
+        return True, length
+
     async def fetch(self, view: memoryview, offset: int) -> None:
         """Fills ``view``, one call at a time. Raises OSError if the process can't read it or can't be had."""
         async with self._lock:

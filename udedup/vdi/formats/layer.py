@@ -26,6 +26,9 @@ class Source(Protocol):
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fills ``view`` from byte ``offset`` on, waiting for the disk. Raises OSError, EIO if bytes are missing."""
 
+    def data_at(self, offset: int, length: int) -> tuple[bool, int]:
+        """Whether anything but zeros can be at ``offset``, and for how many of ``length`` bytes that goes."""
+
 
 class Extent(NamedTuple):
     """A stretch of an image that lies in one piece. (source, offset) is what a block is, whoever asks for it."""
@@ -47,6 +50,9 @@ class Zeros:
     def read_into(self, view: memoryview, offset: int) -> None:
         view[:] = bytes(len(view))
 
+    def data_at(self, offset: int, length: int) -> tuple[bool, int]:
+        return False, length
+
 
 ZEROS: Final = Zeros()
 
@@ -56,6 +62,9 @@ class Layer(ABC):
 
     size: int
     """Bytes of the disk."""
+
+    encrypted: bool = False
+    """Whether the file has something else than the disk's bytes, for others not to read."""
 
     below: "Layer | None" = None
     """What shows where this one has nothing: its backing file or parent."""
@@ -99,6 +108,16 @@ class Layer(ABC):
             assert extent is not None
             extent.source.read_into(view[done : done + extent.length], extent.offset)
             done += extent.length
+
+    def stretch(self, offset: int, length: int) -> tuple[bool, int]:
+        """Whether there is data from ``offset`` on, and for how many bytes, up to ``length``, that is so.
+
+        There is none where the map, or the file system of the file it leads to, has nothing but zeros. Waits for the
+        disk. Raises OSError.
+        """
+        extent = self.lookup(offset, length, wait=True)
+        assert extent is not None
+        return extent.source.data_at(extent.offset, extent.length)
 
     def fall_through(self, offset: int, length: int, *, wait: bool) -> Extent | None:
         """:meth:`lookup` in the layer below for what this one does not hold; zeros where there is none."""

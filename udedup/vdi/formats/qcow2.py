@@ -167,6 +167,7 @@ class Qcow2(Layer):
         self.header = header
         self.size = header.size
         self.below = below
+        self.encrypted = header.encryption is not None
         self._file = file
         self._data = data
         self._decoder = decoder

@@ -1,0 +1,178 @@
+"""Memory pressure: when which level is reached and left, what is given back, and that the kernel's own word arrives."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+from engine.conftest import Start
+from engine.fake_agent import PAGE, FakeAgent, page
+
+from udedup.engine.advisor import FixedPace
+from udedup.engine.pressure import CALM_SECONDS, Level, Levels, PressureState, PressureWatch, Stall
+from udedup.engine.psi import PressureFiles, Totals, own_group_file, parse
+from udedup.engine.relief import BOOST, EagerPace
+
+TEXT = "some avg10=0.00 avg60=0.00 avg300=0.00 total={some}\n" + "full avg10=0.00 avg60=0.00 avg300=0.00 total={full}\n"
+BASE = 1 << 32
+
+
+def write(path: Path, *, some: float, full: float) -> None:
+    path.write_text(TEXT.format(some=int(some * 1e6), full=int(full * 1e6)))
+
+
+@pytest.mark.parametrize(
+    ("stall", "level"),
+    [
+        (Stall(0.04, 0.0), Level.NONE),
+        (Stall(0.05, 0.0), Level.SOME),
+        (Stall(0.39, 0.04), Level.SOME),
+        (Stall(0.4, 0.0), Level.FULL),
+        (Stall(0.1, 0.05), Level.FULL),
+    ],
+)
+def test_levels_are_reached_at_once(stall: Stall, level: Level) -> None:
+    assert Levels().judge(stall, 0) == level
+
+
+def test_levels_are_left_one_at_a_time_and_only_after_a_while_well_below() -> None:
+    levels = Levels()
+    levels.judge(Stall(0.5, 0.2), 0)
+    assert levels.judge(Stall(0.21, 0.0), 60) == Level.FULL  # below, but not well
+    assert levels.judge(Stall(0.0, 0.0), 61) == Level.FULL
+    assert levels.judge(Stall(0.0, 0.0), 61 + CALM_SECONDS - 1) == Level.FULL
+    assert levels.judge(Stall(0.0, 0.0), 61 + CALM_SECONDS) == Level.SOME
+    assert levels.judge(Stall(0.03, 0.0), 62 + CALM_SECONDS) == Level.SOME  # starts anew
+    assert levels.judge(Stall(0.0, 0.0), 63 + CALM_SECONDS) == Level.SOME
+    assert levels.judge(Stall(0.0, 0.0), 63 + 2 * CALM_SECONDS) == Level.NONE
+
+
+class Fake:
+    """Pressure that a test makes up; nobody is told of it."""
+
+    def __init__(self) -> None:
+        self.totals = [Totals(0.0, 0.0)]
+
+    def read(self) -> list[Totals]:
+        return list(self.totals)
+
+    async def wait(self) -> bool:
+        await trio.sleep(2)
+        return False
+
+
+class Noted:
+    """What it was asked to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Level, Level]] = []
+
+    def ease(self, level: Level, before: Level) -> None:
+        self.calls.append((level, before))
+
+
+async def test_it_is_told_of_each_change_and_comes_back_to_normal(
+    autojump_clock: object, nursery: trio.Nursery
+) -> None:
+    fake, noted, state = Fake(), Noted(), PressureState()
+    nursery.start_soon(PressureWatch(fake, noted, state).run)
+    await trio.sleep(3)
+    fake.totals = [Totals(1.9, 0.0)]
+    await trio.sleep(1.5)
+    assert (state.level, state.times[Level.SOME], state.times[Level.FULL]) == (Level.FULL, 1, 1)
+    await trio.sleep(3 * CALM_SECONDS)
+    assert state.level == Level.NONE
+    changes = [call for call in noted.calls if call[0] != call[1]]
+    assert changes == [(Level.FULL, Level.NONE), (Level.SOME, Level.FULL), (Level.NONE, Level.SOME)]
+
+
+async def test_what_is_gone_meanwhile_is_no_stall(autojump_clock: object, nursery: trio.Nursery) -> None:
+    fake, state = Fake(), PressureState()
+    fake.totals = [Totals(0.0, 0.0), Totals(500.0, 400.0)]
+    nursery.start_soon(PressureWatch(fake, Noted(), state).run)
+    await trio.sleep(3)
+    fake.totals = fake.totals[:1]
+    await trio.sleep(3)
+    assert state.level == Level.NONE
+
+
+def test_the_scan_is_faster_within_what_the_cpu_allows() -> None:
+    state = PressureState()
+    pace = EagerPace(FixedPace(1000), state, sleep_seconds=0.02, max_cpu=70)
+    assert pace.pages_to_scan == 1000
+    state.level = Level.SOME
+    assert pace.pages_to_scan == BOOST * 1000
+    pace.end_round(seconds=1, visited=1000, cpu_seconds=1000 * 30e-6)
+    assert 1500 < pace.pages_to_scan < 1600  # 0.7 * 20 ms / 0.3 / 30 µs
+    pace.end_round(seconds=1, visited=1000, cpu_seconds=1)
+    assert pace.pages_to_scan == 1000  # never fewer than asked for
+    unlimited = EagerPace(FixedPace(1000), state, sleep_seconds=0.02, max_cpu=100)
+    assert unlimited.pages_to_scan == BOOST * 1000
+
+
+def test_the_kernels_file_is_read() -> None:
+    assert parse(TEXT.format(some=2_500_000, full=1)) == Totals(2.5, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        ("0::/\n", None),
+        ("0::/../other\n", None),
+        ("3:memory:/a\n", None),
+        ("3:memory:/a\n0::/system/x\n", Path("/sys/fs/cgroup/system/x/memory.pressure")),
+    ],
+)
+def test_the_engines_own_group(groups: str, found: Path | None) -> None:
+    mounts = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"
+    assert own_group_file(groups, "20 1 8:1 / / rw - ext4 /dev/x rw\n" + mounts) == found
+
+
+def test_a_plain_file_is_only_read(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    write(path, some=1, full=0)
+    before = path.read_bytes()
+    with PressureFiles([path], period=1) as pressure:
+        assert pressure.read() == [Totals(1.0, 0.0)]
+    assert path.read_bytes() == before
+
+
+async def until_level(engine: object, level: str) -> None:
+    async def reached() -> bool:
+        return bool((await engine.status())["pressure"]["level"] == level)  # type: ignore[attr-defined]
+
+    await engine.until(reached, level)  # type: ignore[attr-defined]
+
+
+async def test_an_engine_drops_what_it_can_make_anew_and_goes_on_sharing(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    write(path, some=0, full=0)
+    engine = await start(pressure_files=(path,))
+    alone = FakeAgent(engine.path, {BASE + i * PAGE: page(1000 + i) for i in range(400)})
+    await engine.join(alone)
+
+    async def candidates(least: int) -> bool:
+        return bool((await engine.status())["index"]["candidates"] >= least)
+
+    await engine.until(lambda: candidates(400), "candidates")
+    bytes_before = (await engine.status())["index"]["bytes"]
+    write(path, some=100, full=100)
+    await until_level(engine, "full")
+    status = await engine.status()
+    assert status["pressure"]["times_full"] == 1
+    assert status["index"]["bytes"] <= bytes_before
+    # Two that have the same are merged all the same.
+    twin = FakeAgent(engine.path, {2 * BASE + i * PAGE: page(1000 + i) for i in range(400)})
+    await engine.join(twin)
+
+    async def sharing() -> bool:
+        return bool((await engine.status())["pages_sharing"] == 400)
+
+    await engine.until(sharing, "shared")
+    contents: Sequence[bytes] = [alone.read(BASE + i * PAGE) for i in range(400)]
+    assert contents == [page(1000 + i) for i in range(400)]
+
+
+async def test_it_can_be_off(start: Start) -> None:
+    engine = await start(pressure_files=())
+    assert (await engine.status())["pressure"]["level"] == "off"
