@@ -394,6 +394,8 @@ uint64_t udd_shelf_nominees(const struct udd_shelf *shelf, const struct udd_inde
 // of the image), and enters those that are equal. Returns how many of them are on the shelf now.
 uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t epoch, const struct udd_index *index,
 		       const uint64_t *digests, uint64_t first, uint32_t count, const char *data, struct udd_put_counts *ret);
+// Takes off the shelf what the image has been given new content for.
+void udd_shelf_drop(struct udd_shelf *shelf, uint64_t first, uint64_t count);
 
 // ---- apart.c: a file of our own mount, used by threads that are no obstacle to the engine's end ----
 

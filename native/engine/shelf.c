@@ -322,3 +322,23 @@ uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_
 	}
 	return there;
 }
+
+void udd_shelf_drop(struct udd_shelf *shelf, uint64_t first, uint64_t count)
+{
+	if (first >= shelf->blocks)
+		return;
+	if (count > shelf->blocks - first)
+		count = shelf->blocks - first;
+
+	uintptr_t start = (uintptr_t)&shelf->places[first], end = (uintptr_t)&shelf->places[first + count];
+	uintptr_t whole = (start + UDD_PAGE_SIZE - 1) & ~(uintptr_t)(UDD_PAGE_SIZE - 1);
+	uintptr_t last = end & ~(uintptr_t)(UDD_PAGE_SIZE - 1);
+
+	// Whole pages are given back: a disk of 16 TiB may be discarded in one go.
+	if (whole < last && madvise((void *)whole, last - whole, MADV_DONTNEED) == 0) {
+		memset((void *)start, 0, whole - start);
+		memset((void *)last, 0, end - last);
+		return;
+	}
+	memset((void *)start, 0, end - start);
+}

@@ -96,7 +96,7 @@ def start_engine(
     ``prefix``: words before the command; they must end in its ``exec``.
     """
     socket, directory, log = folder / "socket", folder / "mount", folder / "engine.log"
-    arguments = ["engine", "--socket", str(socket), *options]
+    arguments = ["engine", "--socket", str(socket), "--state-dir", str(folder / "state"), *options]
     if mount:
         directory.mkdir(exist_ok=True)
         ledger.add_mount(directory)

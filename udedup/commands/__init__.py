@@ -6,7 +6,7 @@ A module's first docstring line is its help. Heavy imports happen inside ``run``
 import argparse
 from typing import Protocol
 
-from udedup.commands import doctor, engine, index, mount, run, status, umount, unmerge
+from udedup.commands import clone, doctor, engine, index, mount, run, status, umount, unmerge
 
 
 class Command(Protocol):
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "run": run,
     "mount": mount,
     "umount": umount,
+    "clone": clone,
     "index": index,
     "status": status,
     "unmerge": unmerge,

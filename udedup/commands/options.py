@@ -75,7 +75,7 @@ def add_state_option(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=state_directory(),
         metavar="DIR",
-        help="where the digests of images are kept for the next time (default: $STATE_DIRECTORY, else %(default)s)",
+        help="where clones and the digests of images are kept (default: $STATE_DIRECTORY, else %(default)s)",
     )
 
 

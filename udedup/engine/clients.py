@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 import trio
@@ -46,6 +46,36 @@ class UmountRequest(msgspec.Struct, tag_field="op", tag="umount", frozen=True):
     """… or this is its path there, or that of the image itself."""
 
 
+class CloneRequest(msgspec.Struct, tag_field="op", tag="clone", frozen=True):
+    """A new clone, shown in the mount."""
+
+    name: str
+
+    base: str
+    """Absolute path."""
+
+    overlay: str | None = None
+    """Absolute path of what it is to be kept in; null: in the state directory."""
+
+    format: str | None = None
+    """Of the base, in QEMU's words; null: found out."""
+
+    secret: str | None = None
+    """Absolute path of the file with its passphrase."""
+
+
+class ClonesRequest(msgspec.Struct, tag_field="op", tag="clones", frozen=True):
+    """Which clones there are."""
+
+
+class CloneChangeRequest(msgspec.Struct, tag_field="op", tag="clone_change", frozen=True):
+    """Something is to be done with a clone there is."""
+
+    name: str
+
+    change: Literal["show", "commit", "discard"]
+
+
 class UnmergeRequest(msgspec.Struct, tag_field="op", tag="unmerge", frozen=True):
     """Private memory back."""
 
@@ -66,7 +96,17 @@ class CheckDomainRequest(msgspec.Struct, tag_field="op", tag="check_domain", fro
     label: str
 
 
-Request = StatusRequest | MountRequest | UmountRequest | UnmergeRequest | MergeRequest | CheckDomainRequest
+Request = (
+    StatusRequest
+    | MountRequest
+    | UmountRequest
+    | CloneRequest
+    | ClonesRequest
+    | CloneChangeRequest
+    | UnmergeRequest
+    | MergeRequest
+    | CheckDomainRequest
+)
 
 
 class Client:

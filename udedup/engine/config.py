@@ -44,7 +44,7 @@ class EngineConfig:
     """Directories in which images may have backing files, data files and parents, besides their own."""
 
     state_dir: Path | None = None
-    """Directory in which digests of images are kept; None: they are not."""
+    """Directory in which clones and digests of images are kept; None: there are none, and digests are not kept."""
 
     allow_other: bool = False
     """Whether other users may read from the mount."""

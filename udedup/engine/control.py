@@ -7,6 +7,11 @@ A client connects to the engine's socket (SOCK_SEQPACKET) and sends one JSON obj
 - ``{"op": "mount", "images": [["name", "/absolute/path"], …], "format": null, "secret": null}``: the paths in the
   mount; the name may be null too
 - ``{"op": "umount", "image": "name", "path": "/absolute/path"}``: true, or the error; one of both is enough
+- ``{"op": "clone", "name": "vm1", "base": "/absolute/path", "overlay": null, "format": null, "secret": null}``: the
+  path of the new clone in the mount
+- ``{"op": "clones"}``: see ``udedup.engine.cloning.CloneStatus``
+- ``{"op": "clone_change", "name": "vm1", "change": "show"}`` (or ``commit``, ``discard``): the clone's path in the
+  mount (its base's, nothing), or the error
 - ``{"op": "unmerge", "pid": 123}`` (null: all): how many pages are private again; these processes are left alone from
   then on
 - ``{"op": "merge", "pid": 123}`` (null: all): how many processes are no longer left alone
@@ -39,8 +44,8 @@ ANSWER_SECONDS: Final = 330.0
 """Unmerging a large process takes a while."""
 
 
-def request(path: Path, message: Mapping[str, object], *, seconds: float = ANSWER_SECONDS) -> Any:
-    """Asks the engine at ``path`` and returns ``result``. Raises UdedupError."""
+def request(path: Path, message: Mapping[str, object], *, seconds: float | None = ANSWER_SECONDS) -> Any:
+    """Asks the engine at ``path`` and returns ``result``, after ``seconds`` at most. Raises UdedupError."""
     packet = json.dumps(message).encode()
     if len(packet) > REQUEST_BYTES_MAX:
         raise UdedupError(
@@ -49,7 +54,7 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float = ANSWE
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(seconds)
         try:
-            _connect(sock, path, seconds)
+            _connect(sock, path, ANSWER_SECONDS if seconds is None else seconds)
             sock.send(packet)
             answer = json.loads(_receive(sock))
             good = answer["ok"]

@@ -26,6 +26,9 @@ from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
 from udedup.engine.clients import (
     CheckDomainRequest,
     Client,
+    CloneChangeRequest,
+    CloneRequest,
+    ClonesRequest,
     MergeRequest,
     MountRequest,
     Request,
@@ -60,6 +63,7 @@ from udedup.engine.wire import (
 from udedup.errors import UdedupError
 
 if TYPE_CHECKING:
+    from udedup.engine.cloning import Cloning
     from udedup.engine.shelves import Shelves
     from udedup.vdi.formats.probe import Opening
     from udedup.vdi.images import Image, Images
@@ -113,6 +117,7 @@ class Engine:
         """Tells this engine from earlier ones."""
         self.mount_dev = 0
         self.images: Images | None = None
+        self.cloning: Cloning | None = None
         self._numbers = SegmentNumbers()
         self._rules = DomainRules(os.geteuid(), config.allowed_domains, config.shared_domains, unmapped_uid())
         self._domains = Domains(self._rules, self._numbers)
@@ -336,6 +341,9 @@ class Engine:
             case UmountRequest():
                 clients.require_owner(peer, "unmounting images")
                 return await self._umount(request)
+            case CloneRequest() | ClonesRequest() | CloneChangeRequest():
+                clients.require_owner(peer, "clones")
+                return await self._clone(request)
             case UnmergeRequest(pid=pid):
                 return await self._unmerge(self._chosen(pid, peer))
             case MergeRequest(pid=pid):
@@ -418,6 +426,7 @@ class Engine:
         return added
 
     async def _umount(self, request: UmountRequest) -> bool:
+        from udedup.vdi.clone import Clone
         from udedup.vdi.filesystem import withdraw
 
         images, mount = self._require_mount()
@@ -425,7 +434,29 @@ class Engine:
         shown = path.name if path.parent == Path(os.path.normpath(mount)) else request.image
         image = images.find(shown) if shown in images.by_name else images.find(request.path)
         await withdraw(images, image, on_removed=lambda: self._forget(image))
+        if self.cloning is not None and isinstance(image, Clone):
+            await self.cloning.hidden(image)
         return True
+
+    async def _clone(self, request: CloneRequest | ClonesRequest | CloneChangeRequest) -> object:
+        self._require_mount()
+        if self.cloning is None:
+            raise UdedupError("this engine keeps no clones: start it with --state-dir DIR")
+        match request:
+            case CloneRequest():
+                secret = None if request.secret is None else clients.absolute(request.secret)
+                overlay = None if request.overlay is None else clients.absolute(request.overlay)
+                opening = self._opening(request.format, secret)
+                return await self.cloning.create(request.name, clients.absolute(request.base), opening, overlay)
+            case ClonesRequest():
+                return await self.cloning.list()
+            case CloneChangeRequest(name=name, change="show"):
+                return await self.cloning.show(name)
+            case CloneChangeRequest(name=name, change="commit"):
+                return await self.cloning.commit(name)
+            case CloneChangeRequest(name=name):
+                await self.cloning.discard(name)
+                return None
 
     def _require_mount(self) -> "tuple[Images, Path]":
         if self.images is None or self.config.mount is None:
@@ -452,6 +483,13 @@ class Engine:
         opening = self._opening(self.config.image_format, self.config.secret_file)
         for name, path in self.config.images:
             self._watch(self.images.add(path, name, opening))
+        if self.config.state_dir is not None and self.config.mount is not None:
+            from udedup.engine.cloning import Cloning
+            from udedup.vdi.clonestore import CloneStore
+
+            store = CloneStore(self.config.state_dir / "clones", self.config.allow_backing)
+            self.cloning = Cloning(store, self.images, self.config.mount, watch=self._watch, forget=self._forget)
+            self.cloning.show_again()
         return self.images
 
     def _opening(self, format_: str | None, secret: Path | None) -> "Opening":

@@ -1,4 +1,6 @@
-"""The FUSE file system: one flat read-only directory of disk images, served in the caller's trio loop.
+"""The FUSE file system: one flat directory of disk images, served in the caller's trio loop.
+
+Images are read-only; clones can be written, in place.
 
 What is read from an image is digested on its way, and the reader's process is told to ``on_read``: the content hint.
 A read is answered from the loop's own thread if the image file's data is in the page cache (one preadv2 that refuses
@@ -23,8 +25,10 @@ import trio
 from udedup._native import ffi  # type: ignore[import-not-found, unused-ignore]
 from udedup.errors import UdedupError
 from udedup.vdi import mountpoint as mountpoints
+from udedup.vdi.clone import Clone
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
+from udedup.vdi.fixed import FixedDirectory, refuse
 from udedup.vdi.holders import name_holders
 from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, blocks_within, examine
 from udedup.vdi.openers import NoShelves, Opener, ShelfSource
@@ -44,6 +48,8 @@ ENTRY_SECONDS: Final = 3600.0
 ATTRIBUTE_SECONDS: Final = 1.0
 # How often the files of images that have been read are examined for changes, …
 EXAMINE_SECONDS: Final = 1.0
+# How long a write may stay in memory if nobody asks for it to be on the disk.
+SETTLE_SECONDS: Final = 5.0
 # … and how often at most those of which inotify tells that they have changed.
 NOTICE_SECONDS: Final = 0.1
 # Every so many times that images which have been read are examined, those that are only open are examined as well.
@@ -78,7 +84,7 @@ class Handle:
         return self.opener.pid
 
 
-class ImageFilesystem(pyfuse3.Operations):
+class ImageFilesystem(FixedDirectory):
     """Answers the kernel's requests. Handlers raise FUSEError only; what else they raise ends the mount."""
 
     def __init__(self, images: Images, on_read: OnRead, shelves: ShelfSource, *, allow_other: bool) -> None:
@@ -174,8 +180,8 @@ class ImageFilesystem(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         image = self._image(inode)
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise pyfuse3.FUSEError(errno.EROFS)
+        if (flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC) and not isinstance(image, Clone):
+            refuse()
         handle = Handle(
             image,
             Opener.of(process_of(ctx.pid), ctx.uid),
@@ -195,7 +201,7 @@ class ImageFilesystem(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=number, keep_cache=True)
 
     async def flush(self, fh: int) -> None:
-        """Nothing is ever written: with this answer the kernel stops asking, which saves a request per close."""
+        """Closing a file brings nothing to the disk: with this answer the kernel stops asking at each close."""
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
@@ -226,7 +232,7 @@ class ImageFilesystem(pyfuse3.Operations):
                     image.read, off, size, abandon_on_cancel=True, limiter=self._limiter
                 )
                 # Digests of what was read before a change was noticed must not outlive it.
-                if generation != image.generation:
+                if not image.noteworthy(generation, off, size):
                     return data
                 image.note_digests(off, data)
         except OSError as error:
@@ -235,6 +241,55 @@ class ImageFilesystem(pyfuse3.Operations):
         if count and not handle.own:
             self._on_read(image, first, count, handle.pid)
         return data
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """All of ``buf``, less only at the end of the disk, where there is no room, as on a disk."""
+        clone = self._clone(self.handles[fh].image)
+        data = buf[: max(clone.size - off, 0)]
+        if not data:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        with answering(clone):
+            await clone.write(off, data, self._limiter)
+        return len(data)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        image = self.handles[fh].image
+        if isinstance(image, Clone):
+            with answering(image):
+                await image.settle(self._limiter)
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """A disk keeps its size, and all else is that of its file."""
+        if inode == pyfuse3.ROOT_INODE:
+            refuse()
+        clone = self._clone(self._image(inode))
+        kept = fields.update_size and attr.st_size == clone.size
+        if not kept or fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return self._attributes(clone)
+
+    async def settle(self) -> None:
+        """Until cancelled: brings what was written to clones to the disk, should nobody ask for it."""
+        while True:
+            await trio.sleep(SETTLE_SECONDS)
+            for image in self._images:
+                if isinstance(image, Clone) and image.unsettled:
+                    try:
+                        await image.settle(self._limiter)
+                    except OSError as error:
+                        image.errno_of(error)
+
+    def _clone(self, image: Image) -> Clone:
+        if not isinstance(image, Clone):
+            refuse()
+        return image
 
     async def _read_with(self, shelf: Shelf, handle: Handle, off: int, size: int) -> bytes | memoryview:
         """:meth:`read` for somebody in a trust domain: what its store has, which is on ``shelf``, is not read anew."""
@@ -252,7 +307,7 @@ class ImageFilesystem(pyfuse3.Operations):
                 data = await self._fill(image, off, size, gaps)
             except OSError as error:
                 fail(image, error)
-            if generation != image.generation:
+            if not image.noteworthy(generation, off, size):
                 return data
             first, count = image.note_digests(off, data)
             shelf.put(first, count, data, first * BLOCK_BYTES - off, epoch)
@@ -306,9 +361,10 @@ class ImageFilesystem(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = image.inode
         # Other users may read what they may read of the file itself, if they are let in at all.
-        entry.st_mode = stat.S_IFREG | (image.mode & 0o444 if self._allow_other else 0o400)
-        if image.generation:
-            # Nobody can write to it here, but agents must not take it for one that stays as it is.
+        most = 0o666 if isinstance(image, Clone) else 0o444
+        entry.st_mode = stat.S_IFREG | (image.mode if self._allow_other else 0o600) & most
+        if image.generation or isinstance(image, Clone):
+            # Agents must not take it for one that stays as it is, also if it can't be written here.
             entry.st_mode |= stat.S_IWUSR
         entry.st_uid, entry.st_gid = image.owner if self._allow_other else (os.geteuid(), os.getegid())
         entry.st_size = image.size
@@ -322,6 +378,15 @@ def fail(image: Image, error: OSError) -> NoReturn:
     """Answers a read that failed, EIO whatever the cause, as a disk would."""
     image.report("read", f"can't be read: {error.strerror}; its readers get EIO")
     raise pyfuse3.FUSEError(errno.EIO) from error
+
+
+@contextmanager
+def answering(clone: Clone) -> Iterator[None]:
+    """Answers a change of ``clone`` that fails in the body."""
+    try:
+        yield
+    except OSError as error:
+        raise pyfuse3.FUSEError(clone.errno_of(error)) from error
 
 
 def process_of(task: int) -> int:
@@ -354,7 +419,7 @@ def session(directory: Path, filesystem: ImageFilesystem, *, allow_other: bool) 
     """
     if pyfuse3.trio_token is not None:
         raise UdedupError(f"mount point {directory}: this process has a mount already, and pyfuse3 allows one")
-    options = {"default_permissions", "ro", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
+    options = {"default_permissions", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
     before = fuse_descriptors()
     try:
         pyfuse3.init(filesystem, str(directory), options | {"allow_other"} if allow_other else options)
@@ -420,6 +485,7 @@ async def serve_session(
     with session(directory, filesystem, allow_other=allow_other) as descriptor, fast_poll(descriptor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(filesystem.watch)
+            nursery.start_soon(filesystem.settle)
             nursery.start_soon(filesystem.notice)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
@@ -450,6 +516,13 @@ async def withdraw(images: Images, image: Image, on_removed: Callable[[], None])
         raise UdedupError(f"image {image.name}: is in use by {holders}; end that first")
     if image.inode not in images.by_inode:
         raise UdedupError(f"image {image.name}: is not in the mount any more")
+    if isinstance(image, Clone):
+        try:
+            await image.settle()
+        except OSError as error:
+            raise UdedupError(f"clone {image.name}: can't be brought to the disk: {error.strerror}") from error
+        if image.openers or image.inode not in images.by_inode:
+            raise UdedupError(f"image {image.name}: was opened or taken out meanwhile; try again")
     images.remove(image)
     on_removed()
     if device is not None:

@@ -1,4 +1,4 @@
-"""Disk images as the mount shows them: raw, read-only, whatever their format.
+"""Disk images as the mount shows them: raw, read-only unless they are clones, whatever their format.
 
 An image keeps the size it had when it was added, whatever becomes of its files: a guest's disk doesn't change its
 size. Reads beyond what a file has left fail with EIO. The descriptors stay open, so an image that is renamed,
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 import trio
@@ -92,7 +92,7 @@ class Image:
         self._files = opened.files
         self.size = opened.layer.size
         """Bytes of the disk, as of when the image was added."""
-        self.watch = Watch([file.descriptor for file in opened.files])
+        self.watch = Watch(self.descriptors)
         """Tells at once whether the files have changed."""
         self._stamp = self.examine()
         self._reported: set[str] = set()
@@ -138,6 +138,11 @@ class Image:
         return self._stamp.mtime_ns
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of all files it is read from, itself first."""
+        return tuple(file.path for file in self._files)
+
+    @property
     def owner(self) -> tuple[int, int]:
         """User and group of the file."""
         status = self._files[0].status
@@ -149,9 +154,14 @@ class Image:
         return stat.S_IMODE(self._files[0].status.st_mode)
 
     @property
+    def foreign(self) -> tuple[RawFile, ...]:
+        """Those of the open files it is read from that others may change."""
+        return self._files
+
+    @property
     def descriptors(self) -> list[int]:
-        """The open files it is read from."""
-        return [file.descriptor for file in self._files]
+        """Of these."""
+        return [file.descriptor for file in self.foreign]
 
     def read_cached(self, view: memoryview, offset: int) -> bool:
         """Fills ``view`` from byte ``offset`` on if that needs no disk access; False if it does (or can't be told).
@@ -191,11 +201,15 @@ class Image:
         return view
 
     def drop_digests(self, offset: int, length: int) -> None:
-        """Forgets the digests of all blocks that have a part in [offset, offset + length): written, or discarded."""
+        """Forgets all blocks that have a part in [offset, offset + length), which are written, or discarded.
+
+        Their digests, that is, and that the store has them.
+        """
         first = offset // BLOCK_BYTES
         count = min(-(-(offset + length) // BLOCK_BYTES), self.blocks) - first
         if count > 0:
             self._table.drop(first, count)
+            self.watch.drop(first, count)
 
     def data_from(self, offset: int) -> int:
         """The first byte from ``offset`` on where there is data, as far as maps tell; the disk's size if there is none.
@@ -244,9 +258,13 @@ class Image:
         if self.kept is not None:
             self.kept.want(first, count)
 
+    def noteworthy(self, generation: int, offset: int, size: int) -> bool:
+        """Whether bytes read since ``generation`` at ``offset`` are still what is there, so that they may be noted."""
+        return generation == self.generation
+
     def examine(self) -> Stamp:
         """Looks at the files and at their paths; may wait for the disk."""
-        stamps = [examine_file(file) for file in self._files]
+        stamps = [examine_file(file) for file in self.foreign]
         return Stamp(tuple(stamp for stamp, _ in stamps), all(in_place for _, in_place in stamps))
 
     def update(self, stamp: Stamp) -> None:
@@ -256,17 +274,21 @@ class Image:
         """
         before, self._stamp = self._stamp, stamp
         if stamp.files != before.files:
-            self._table.clear()
-            self._layer.forget()
-            self.generation += 1
-            if self.kept is not None and (identity := self.identity) is not None:
-                self.kept.changed(identity)
-            self.report("changed", "has changed while mounted: its digests are dropped")
-            self.on_changed(self)
+            self.changed()
         if isinstance(self._layer, RawFile) and stamp.files[0].size < self.size:
             self.report("cut", f"was cut short from {self.size} to {stamp.files[0].size} bytes: reads beyond fail")
         if not stamp.in_place:
             self.report("moved", "is no longer at its path: the file that was opened goes on being served")
+
+    def changed(self) -> None:
+        """The files have been changed: what was known of their content is forgotten, by agents too."""
+        self._table.clear()
+        self._layer.forget()
+        self.generation += 1
+        if self.kept is not None and (identity := self.identity) is not None:
+            self.kept.changed(identity)
+        self.report("changed", "has changed while mounted: its digests are dropped")
+        self.on_changed(self)
 
     def forget_digests(self) -> None:
         """Gives their memory back; who reads the blocks next has them computed anew."""
@@ -341,6 +363,9 @@ async def examine(image: Image, limiter: trio.CapacityLimiter | None = None) -> 
     return True
 
 
+AnyImage = TypeVar("AnyImage", bound=Image)
+
+
 class Images:
     """The images of one mount, by name and by inode."""
 
@@ -382,12 +407,15 @@ class Images:
             if name is None:
                 name = shown_name(path, opened.format)
                 check_name(name, path)
-            return self._admit(name, path, opened)
+            return self.admit(name, path, opened, Image)
         except BaseException:
             opened.layer.close()
             raise
 
-    def _admit(self, name: str, path: Path, opened: Opened) -> Image:
+    def admit(
+        self, name: str, path: Path, opened: Opened, kind: Callable[[str, Path, int, Opened], AnyImage]
+    ) -> AnyImage:
+        """Shows what was opened at ``path`` as ``name``, as the ``kind`` of image it is. Raises UdedupError."""
         for file in opened.files:
             if file.status.st_dev == self.mount_device:
                 what = "is" if file.path == path else f"rests on {file.path}, which is"
@@ -397,7 +425,7 @@ class Images:
                 other = self.by_name[name].path
                 raise UdedupError(f"image {path}: the name {name!r} is taken by {other}; choose another with NAME=PATH")
             try:
-                image = Image(name, path, next(self._inodes), opened)
+                image = kind(name, path, next(self._inodes), opened)
                 image.on_changed = lambda changed: self.on_changed(changed)
             except OSError as error:
                 raise UdedupError(f"image {path}: no room for its digests: {error.strerror}") from error

@@ -5,6 +5,7 @@ A thin cover over native/engine/shelf.c, which says why a digest is not enough a
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
+from weakref import WeakSet
 
 import attrs
 
@@ -21,6 +22,8 @@ class Watch:
     """The files that an image is read from, by their descriptors, which stay the caller's."""
 
     def __init__(self, descriptors: Sequence[int], settle_seconds: float = SETTLE_SECONDS) -> None:
+        self.shelves: WeakSet[Shelf] = WeakSet()
+        """That rely on it."""
         self.handle = ffi.gc(
             lib.udd_watch_create(list(descriptors), len(descriptors), int(settle_seconds * 1e9)), lib.udd_watch_destroy
         )
@@ -35,6 +38,15 @@ class Watch:
         first write after each write-back. A block device's writes don't show: its number is 0.
         """
         return int(lib.udd_watch_epoch(self.handle))
+
+    def drop(self, first: int, count: int) -> None:
+        """We ourselves give blocks [first, first + count) other content: no shelf has them any more.
+
+        That is no new epoch. Who puts blocks on a shelf sees to it that they have not been written since they were
+        read.
+        """
+        for shelf in self.shelves:
+            shelf.drop(first, count)
 
 
 @attrs.define
@@ -75,6 +87,7 @@ class Shelf:
         if self._handle == ffi.NULL:
             raise MemoryError
         self._watch = watch
+        watch.shelves.add(self)
         self._digests = ffi.from_buffer("uint64_t[]", digests)
         self._index = index
         self._taken = ffi.new("struct udd_taken *")
@@ -131,6 +144,10 @@ class Shelf:
         self._counters.entered += counts.entered
         self._counters.differing += counts.differing
         return int(there)
+
+    def drop(self, first: int, count: int) -> None:
+        """Takes blocks [first, first + count) off."""
+        lib.udd_shelf_drop(self._handle, first, count)
 
 
 def join_bits(first: int, count: int, ask: Callable[[int, int], int]) -> int:

@@ -119,10 +119,10 @@ class Work:
             log.debug("image %s: what is cached of it stays: %s", self.image.path, error.strerror)
 
     def _tidy(self, path: Path, regions: list[Region]) -> None:
-        wanted = trio.from_thread.run_sync(lambda: [self._to_compare(region) for region in regions])
+        generation, wanted = trio.from_thread.run_sync(self._to_compare, regions)
         contents = iter(self._read(path, [stretch for stretches in wanted for stretch in stretches]))
         compared = [[next(contents) for _ in stretches] for stretches in wanted]
-        self._drop(path, trio.from_thread.run_sync(self._to_drop, regions, compared))
+        self._drop(path, trio.from_thread.run_sync(self._to_drop, regions, generation, compared))
 
     def _read(self, path: Path, stretches: list[tuple[int, int]]) -> list[tuple[int, int, memoryview]]:
         """The stretches (first block, count) with their content, shorter at the image's end. Raises OSError."""
@@ -142,25 +142,33 @@ class Work:
             array = _stretches_of(stretches)
             _check(lib.udd_apart_drop(bytes(path), array, len(array), self.tidier.thread))
 
-    def _to_compare(self, region: Region) -> list[tuple[int, int]]:
-        """Blocks that the store seems to have, in stretches (first, count)."""
+    def _to_compare(self, regions: list[Region]) -> tuple[int, list[list[tuple[int, int]]]]:
+        """The image's generation, and of each region the blocks that the store seems to have (first, count)."""
+        return self.image.generation, [
+            stretches(region.number * REGION_BLOCKS, self._unsure(region)) for region in regions
+        ]
+
+    def _unsure(self, region: Region) -> int:
         first = region.number * REGION_BLOCKS
         nominees = self.shelf.nominees(first, REGION_BLOCKS) & ~self.shelf.there(first, REGION_BLOCKS)
-        return stretches(first, region.blocks & nominees)
+        return region.blocks & nominees
 
     def _to_drop(
-        self, regions: list[Region], contents: list[list[tuple[int, int, memoryview]]]
+        self, regions: list[Region], generation: int, contents: list[list[tuple[int, int, memoryview]]]
     ) -> list[tuple[int, int]]:
-        """Compares what was read of each region, and says what is to be dropped, in stretches (first, count)."""
+        """Compares what was read of each region since ``generation``, and says what is to be dropped (first, count)."""
         return [
             stretch
             for region, found in zip(regions, contents, strict=True)
-            for stretch in self._to_drop_of(region, found)
+            for stretch in self._to_drop_of(region, generation, found)
         ]
 
-    def _to_drop_of(self, region: Region, contents: list[tuple[int, int, memoryview]]) -> list[tuple[int, int]]:
+    def _to_drop_of(
+        self, region: Region, generation: int, contents: list[tuple[int, int, memoryview]]
+    ) -> list[tuple[int, int]]:
         for first, count, data in contents:
-            if len(data) == count * BLOCK_BYTES:
+            size = count * BLOCK_BYTES
+            if len(data) == size and self.image.noteworthy(generation, first * BLOCK_BYTES, size):
                 # What is cached was read in that epoch, or later; if it is still the same one, all is well.
                 self.shelf.put(first, count, data, 0, region.epoch)
         now = trio.current_time()

@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,9 @@ from udedup.errors import UdedupError
 from udedup.vdi.formats import FORMATS, qcow2, vdi
 from udedup.vdi.formats.helper import Helper, HelperImage, Recipe, require_program, virtual_size
 from udedup.vdi.formats.layer import DEPTH_MAX, Layer, same_file
+from udedup.vdi.formats.overlay import Overlay, parse_counts
 from udedup.vdi.formats.raw import RawFile
+from udedup.vdi.formats.writable import lock_file, open_writable
 from udedup.vdi.paths import Allowed, open_named, open_part
 
 log = logging.getLogger(__name__)
@@ -64,11 +67,30 @@ def open_chain(path: Path, opening: Opening) -> Opened:
 
     Raises UdedupError, one line, for whatever can't be served; nothing is left open then.
     """
-    chain = _Chain(opening, Allowed.of(path, opening.allow_backing))
-    try:
+    with _chain(path, opening) as chain:
         file = chain.take(path, open_named(path))
         kind = opening.format or detect(file)
         return Opened(kind, chain.open(file, kind), tuple(chain.files))
+
+
+def open_overlay(path: Path, opening: Opening) -> Opened:
+    """Opens the qcow2 file at ``path`` for writing, and what it rests on for reading; waits for the disk.
+
+    Nobody else can write any of them from then on. Raises UdedupError as :func:`open_chain`.
+    """
+    with _chain(path, opening) as chain:
+        layer = chain.open_overlay(path)
+        for file in chain.files[1:]:
+            lock_file(file.descriptor, f"image {file.path}", write=False)
+        return Opened("qcow2", layer, tuple(chain.files))
+
+
+@contextmanager
+def _chain(path: Path, opening: Opening) -> "Iterator[_Chain]":
+    """The chain of the image at ``path``, whose files are closed if the body fails."""
+    chain = _Chain(opening, Allowed.of(path, opening.allow_backing))
+    try:
+        yield chain
     except BaseException as error:
         for file in chain.files:
             file.close()
@@ -114,13 +136,30 @@ class _Chain:
     def take(self, path: Path, descriptor: int) -> RawFile:
         """Owns ``descriptor`` from now on. Raises UdedupError if the file is in the chain already."""
         file = RawFile(path, descriptor)
+        self._add(file)
+        return file
+
+    def _add(self, file: RawFile) -> None:
         again = any(same_file(file.status, other.status) for other in self.files)
         self.files.append(file)
         if again:
-            raise UdedupError(f"image {self.files[0].path}: rests on itself: {str(path)!r} is twice in its chain")
+            raise UdedupError(f"image {self.files[0].path}: rests on itself: {str(file.path)!r} is twice in its chain")
         if len(self.files) > DEPTH_MAX:
             raise UdedupError(f"image {self.files[0].path}: rests on more than {DEPTH_MAX} files")
-        return file
+
+    def open_overlay(self, path: Path) -> Overlay:
+        """The file at ``path`` and those below, for writing."""
+        subject = f"image {path}"
+        file = open_writable(path, open_named(path), subject)
+        self._add(file)
+        head = os.pread(file.descriptor, HEADER_BYTES_MAX, 0)
+        header = qcow2.parse_header(head, subject)
+        counts = parse_counts(head, header, subject)
+        layer = Overlay(
+            header, counts, file, self._backing(file, header, subject), Helper(Recipe("qcow2", file), header.size)
+        )
+        layer.check_entries()
+        return layer
 
     def open(self, file: RawFile, kind: str) -> Layer:
         """The layer of ``file``, which is of format ``kind``."""

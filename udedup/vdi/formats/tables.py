@@ -71,3 +71,21 @@ class TableCache:
         if self._swap:
             entries.byteswap()
         return entries
+
+
+def read_numbers(file: RawFile, offset: int, count: int, kind: Literal["Q", "H"]) -> "array[int]":
+    """``count`` big-endian numbers from byte ``offset`` on; what is behind the end of the file is 0. Raises OSError."""
+    numbers = array(kind)
+    size = count * numbers.itemsize
+    numbers.frombytes((file.read_some(offset, size, wait=True) or b"").ljust(size, b"\0"))
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
+
+
+def to_big_endian(numbers: "array[int]") -> bytes:
+    """The bytes that :func:`read_numbers` reads."""
+    copy = numbers[:]
+    if sys.byteorder == "little":
+        copy.byteswap()
+    return copy.tobytes()

@@ -1,0 +1,343 @@
+"""Writable clones, through a real mount: what programs write is there, in a file that QEMU reads, and errors arrive."""
+
+import errno
+import json
+import mmap
+import os
+import random
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.engine import Engine, udedup
+from support.ledger import Ledger
+
+from udedup.fallocate import punch_hole
+
+pytestmark = pytest.mark.require("root", "fuse", "qemu-utils")
+
+KIB, MIB = 1 << 10, 1 << 20
+BLOCK = 4 * KIB
+SIZE = 8 * MIB
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.raw"
+    path.write_bytes(random.Random(1).randbytes(SIZE))
+    return path
+
+
+@pytest.fixture
+def engine(engine_factory: Callable[..., Engine]) -> Engine:
+    return engine_factory()
+
+
+@pytest.fixture
+def small(tmp_path: Path, ledger: Ledger) -> Path:
+    """An empty file system with little room."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    ledger.add_mount(directory)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "small", directory], check=True)
+    return directory
+
+
+def clone(engine: Engine, base: Path, name: str, *options: str | Path) -> Path:
+    """Makes one and returns its path in the mount."""
+    done = engine.command("mount", "--clone", base, "--to", name, *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return Path(done.stdout.strip())
+
+
+def command(engine: Engine, *argv: str) -> str:
+    """Runs ``udedup clone …``, which succeeds, and returns what it prints."""
+    action, *rest = argv
+    done = clone_command(engine, action, *rest)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def clone_command(engine: Engine, action: str, *rest: str) -> "subprocess.CompletedProcess[str]":
+    """Runs ``udedup clone …``."""
+    return udedup("clone", action, "--socket", engine.socket, *rest)
+
+
+def listed(engine: Engine) -> dict[str, dict[str, Any]]:
+    """All clones, by name."""
+    return {entry["name"]: entry for entry in json.loads(command(engine, "list", "--json"))}
+
+
+def refused(engine: Engine, *argv: str) -> str:
+    """Runs ``udedup clone …``, which fails with one line, and returns that."""
+    action, *rest = argv
+    done = clone_command(engine, action, *rest)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_direct(path: Path, offset: int, size: int) -> bytes:
+    """Past the kernel's page cache."""
+    with opened(path, os.O_RDONLY | os.O_DIRECT) as descriptor, mmap.mmap(-1, size) as buffer:
+        done = 0
+        while done < size:
+            with memoryview(buffer) as view, view[done:] as rest:
+                done += os.preadv(descriptor, [rest], offset + done)
+        return buffer[:]
+
+
+def converted(overlay: Path) -> bytes:
+    """What QEMU finds in an overlay, which is in order."""
+    subprocess.run(["qemu-img", "check", "-q", overlay], check=True)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "copy.raw"
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, copy], check=True)
+        return copy.read_bytes()
+
+
+def test_what_is_written_is_there(engine: Engine, base: Path) -> None:
+    """For other descriptors at once, past the page cache too, and for QEMU once it is synced; the base stays."""
+    path, before = clone(engine, base, "vm1"), base.read_bytes()
+    expected = bytearray(before)
+    draw = random.Random(2)
+    assert path.read_bytes() == before
+    with opened(path) as writer, opened(path, os.O_RDONLY) as reader:
+        for _ in range(300):
+            size = draw.choice((1, 512, BLOCK, 5000, 64 * KIB, 300 * KIB))
+            offset = draw.randrange(SIZE - size)
+            if draw.random() < 0.5:
+                offset -= offset % BLOCK
+            data = bytes(size) if draw.random() < 0.2 else draw.randbytes(size)
+            assert os.pwrite(writer, data, offset) == size
+            expected[offset : offset + size] = data
+            assert os.pread(reader, size, offset) == data
+            start = offset - offset % BLOCK
+            span = min(-(-(offset + size) // BLOCK) * BLOCK, SIZE) - start
+            assert read_direct(path, start, span) == expected[start : start + span]
+        os.fsync(writer)
+        assert path.read_bytes() == expected
+    assert read_direct(path, 0, SIZE) == expected
+    assert base.read_bytes() == before
+    overlay = Path(listed(engine)["vm1"]["overlay"])
+    assert engine.command("umount", "vm1.raw").returncode == 0
+    assert converted(overlay) == expected
+    assert path.name not in os.listdir(path.parent)  # noqa: PTH208
+    command(engine, "show", "vm1")
+    assert path.read_bytes() == expected
+    assert engine.stop() == 0
+    assert engine.log.read_text() == ""
+
+
+def test_direct_and_buffered_writers_see_each_other(engine: Engine, base: Path) -> None:
+    """What the kernel has cached of the clone is what was written last, whichever way."""
+    path = clone(engine, base, "vm1")
+    with (
+        opened(path) as buffered,
+        opened(path, os.O_RDWR | os.O_DIRECT) as direct,
+        opened(path, os.O_RDONLY) as reader,
+        mmap.mmap(-1, BLOCK) as block,
+        mmap.mmap(reader, SIZE, prot=mmap.PROT_READ) as mapped,
+    ):
+        for number in range(100):
+            offset = number % 7 * BLOCK
+            assert mapped[offset : offset + BLOCK] == os.pread(reader, BLOCK, offset)
+            block[:] = bytes([number + 1]) * BLOCK
+            os.pwrite(direct if number % 2 else buffered, block, offset)
+            assert os.pread(reader, BLOCK, offset) == block[:]
+            assert mapped[offset : offset + BLOCK] == block[:]
+            assert read_direct(path, offset, BLOCK) == block[:]
+
+
+def test_writes_to_a_shared_mapping(engine: Engine, base: Path) -> None:
+    path = clone(engine, base, "vm1")
+    with opened(path) as descriptor, mmap.mmap(descriptor, SIZE) as mapped:
+        mapped[100:200] = bytes(range(100))
+        mapped.flush()
+        assert read_direct(path, 0, BLOCK)[100:200] == bytes(range(100))
+
+
+def test_it_is_a_disk(engine: Engine, base: Path) -> None:
+    """Its size stays, what lies beyond its end has no room, and nothing else about it can be changed."""
+    path, before = clone(engine, base, "vm1"), base.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(PermissionError):
+        os.truncate(path, BLOCK)
+    with pytest.raises(PermissionError):
+        path.chmod(0o400)
+    with pytest.raises(OSError, match="Read-only file system"):
+        path.unlink()
+    with opened(path) as descriptor:
+        os.truncate(descriptor, SIZE)
+        with pytest.raises(OSError, match="No space left"):
+            os.pwrite(descriptor, b"x", SIZE)
+        # Holes can't be punched through the mount, and who tries is told.
+        with pytest.raises(OSError, match="not supported"):
+            punch_hole(descriptor, 0, BLOCK)
+    with opened(path, os.O_WRONLY | os.O_TRUNC) as descriptor:
+        os.pwrite(descriptor, b"first", 0)
+    assert path.stat().st_size == SIZE
+    assert path.read_bytes() == b"first" + before[5:]
+
+
+def test_zeros_free_room(engine: Engine, base: Path) -> None:
+    path = clone(engine, base, "vm1")
+    with opened(path, os.O_RDWR) as descriptor:
+        os.pwrite(descriptor, random.Random(3).randbytes(4 * MIB), 0)
+        os.fsync(descriptor)
+        full = listed(engine)["vm1"]["room"]
+        assert full >= 4 * MIB
+        os.pwrite(descriptor, bytes(4 * MIB), 0)
+        os.fsync(descriptor)
+    # Its tables may have grown meanwhile.
+    assert listed(engine)["vm1"]["room"] <= full - 4 * MIB + 256 * KIB
+    assert path.read_bytes() == bytes(4 * MIB) + base.read_bytes()[4 * MIB :]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_no_room(engine: Engine, base: Path, small: Path, *, direct: bool) -> None:
+    """The writer gets ENOSPC, what was written before is there, what failed is old or new, and it goes on with room."""
+    overlay = small / "vm1.qcow2"
+    path, expected = clone(engine, base, "vm1", "--overlay", overlay), bytearray(base.read_bytes())
+    draw = random.Random(4)
+    failed = number = 0
+    with opened(path, os.O_RDWR | (os.O_DIRECT if direct else 0)) as descriptor, mmap.mmap(-1, 16 * BLOCK) as buffer:
+        for offset in range(0, SIZE, len(buffer)):
+            buffer[:] = draw.randbytes(len(buffer))
+            try:
+                assert os.pwrite(descriptor, buffer, offset) == len(buffer)
+            except OSError as error:
+                failed, number = offset, error.errno
+                break
+            expected[offset : offset + len(buffer)] = buffer
+        assert number == errno.ENOSPC
+        assert failed >= MIB
+        for start in range(0, len(buffer), BLOCK):
+            block = read_direct(path, failed + start, BLOCK)
+            assert block in (buffer[start : start + BLOCK], expected[failed + start : failed + start + BLOCK])
+        # What is not new can still be written, and is.
+        buffer[:] = draw.randbytes(len(buffer))
+        assert os.pwrite(descriptor, buffer, 0) == len(buffer)
+        expected[: len(buffer)] = buffer
+        os.fsync(descriptor)
+        assert path.read_bytes()[:failed] == expected[:failed]
+        subprocess.run(["mount", "-o", "remount,size=16M", small], check=True)
+        for offset in range(failed, SIZE, len(buffer)):
+            buffer[:] = draw.randbytes(len(buffer))
+            assert os.pwrite(descriptor, buffer, offset) == len(buffer)
+            expected[offset : offset + len(buffer)] = buffer
+        os.fsync(descriptor)
+    assert path.read_bytes() == expected
+    assert engine.command("umount", path.name).returncode == 0
+    assert converted(overlay) == expected
+    assert engine.log.read_text().count("can't grow") == 1
+
+
+def test_readers_see_no_stale_block(engine: Engine, base: Path) -> None:
+    """Blocks are written in ascending versions; who reads, by whatever way, never sees an older one than before."""
+    path = clone(engine, base, "vm1")
+    blocks, rounds = 16, 150
+    written = [0] * blocks
+    with opened(path) as descriptor:
+        os.pwrite(descriptor, bytes(blocks * BLOCK), 0)
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def read(*, direct: bool) -> None:
+        draw = random.Random(direct)
+        seen = [0] * blocks
+        with opened(path, os.O_RDONLY) as descriptor:
+            while not done.is_set() and not wrong:
+                block = draw.randrange(blocks)
+                least = max(written[block], seen[block])
+                content = (
+                    read_direct(path, block * BLOCK, BLOCK) if direct else os.pread(descriptor, BLOCK, block * BLOCK)
+                )
+                version = int.from_bytes(content[:8], "little")
+                if content != version.to_bytes(8, "little") * (BLOCK // 8):
+                    wrong.append(f"block {block} is torn")
+                if version < least:
+                    wrong.append(f"block {block} has version {version} after {least}")
+                seen[block] = version
+
+    threads = [threading.Thread(target=read, kwargs={"direct": direct}) for direct in (False, True)]
+    for thread in threads:
+        thread.start()
+    try:
+        with (
+            opened(path) as buffered,
+            opened(path, os.O_RDWR | os.O_DIRECT) as direct,
+            mmap.mmap(-1, BLOCK) as data,
+        ):
+            for version in range(1, rounds):
+                for block in range(blocks):
+                    data[:] = version.to_bytes(8, "little") * (BLOCK // 8)
+                    os.pwrite(buffered if (version + block) % 2 else direct, data, block * BLOCK)
+                    written[block] = version
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_two_clones_of_one_base(engine: Engine, base: Path) -> None:
+    before = base.read_bytes()
+    one, two = clone(engine, base, "one"), clone(engine, base, "two")
+    for path, letter in ((one, b"1"), (two, b"2")):
+        with opened(path) as descriptor:
+            os.pwrite(descriptor, letter * BLOCK, BLOCK)
+    assert one.read_bytes() == before[:BLOCK] + b"1" * BLOCK + before[2 * BLOCK :]
+    assert two.read_bytes() == before[:BLOCK] + b"2" * BLOCK + before[2 * BLOCK :]
+    assert "its base" in refused(engine, "commit", "one")
+    command(engine, "discard", "two")
+    assert not two.exists()
+    assert command(engine, "commit", "one").strip() == str(base)
+    assert base.read_bytes() == before[:BLOCK] + b"1" * BLOCK + before[2 * BLOCK :]
+    assert listed(engine) == {}
+    assert not any((engine.socket.parent / "state" / "clones").iterdir())
+
+
+def test_refusals(engine: Engine, base: Path) -> None:
+    path = clone(engine, base, "vm1")
+    with opened(path):
+        assert f"process {os.getpid()} (" in refused(engine, "commit", "vm1")
+        assert f"process {os.getpid()} (" in refused(engine, "discard", "vm1")
+    assert "already" in refused(engine, "show", "vm1")
+    assert "none of that name" in refused(engine, "commit", "vm2")
+    assert engine.command("mount", base).returncode == 0
+    assert "is in the mount" in refused(engine, "commit", "vm1")
+    assert engine.command("mount", "--clone", base, "--to", "vm1").returncode == 1
+    assert listed(engine)["vm1"]["shown"] == str(path)
+
+
+def test_the_next_engine_shows_it_again(engine_factory: Callable[..., Engine], base: Path, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    first = engine_factory("--state-dir", state)
+    path = clone(first, base, "vm1")
+    with opened(path) as descriptor:
+        os.pwrite(descriptor, b"written" * 1000, 12345)
+    expected = path.read_bytes()
+    # Nobody asked for it to be on the disk.
+    assert first.stop() == 0
+    record = tmp_path / "state" / "clones" / "vm1.json"
+    record.write_text(record.read_text().replace("/engine0/", "/engine1/"))
+    second = engine_factory("--state-dir", state)
+    assert second.mount is not None
+    assert (second.mount / "vm1.raw").read_bytes() == expected
+    # No digests of it are kept; others' files are.
+    assert [file.name for file in (tmp_path / "state").iterdir()] == ["clones"]
