@@ -1,8 +1,10 @@
 """One copy in memory, end to end: what is merged is served from the store and leaves the page cache of the mount."""
 
 import ctypes
+import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,8 @@ from udedup.engine import server
 from udedup.engine.domain import Domain
 from udedup.engine.shelves import Shelves
 from udedup.engine.wire import SEGMENT_SLOTS
-from udedup.vdi import filesystem, images
+from udedup.vdi import filesystem, images, tidy
+from udedup.vdi.clone import Clone
 from udedup.vdi.shelf import Watch
 
 pytestmark = pytest.mark.require("fuse")
@@ -330,3 +333,132 @@ async def test_a_new_process_with_the_number_of_an_old_one_is_nobody(prepare: Pr
         assert stage.filesystems[0]._find_shelf(handle) is None
     finally:
         await trio.to_thread.run_sync(os.close, descriptor)
+
+
+# ---- clones, which are written ----
+
+
+async def clone_of(stage: Stage) -> tuple[Path, Clone]:
+    """A clone of the stage's image, in the mount."""
+    path = Path(await stage.engine.ask(op="clone", name="clone", base=str(stage.source)))
+    image = stage.filesystems[0]._images.by_name[path.name]
+    assert isinstance(image, Clone)
+    assert image.kept is None
+    return path, image
+
+
+def write(path: Path, data: bytes, offset: int, *, direct: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | (os.O_DIRECT if direct else 0))
+    try:
+        with mmap.mmap(-1, len(data)) as buffer:
+            buffer[:] = data
+            assert os.pwrite(descriptor, buffer, offset) == len(data)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.require("qemu-utils")
+@pytest.mark.parametrize("direct", [False, True])
+async def test_what_is_written_to_a_clone_never_comes_from_the_store_again(
+    prepare: Prepare, tmp_path: Path, *, direct: bool
+) -> None:
+    """All else does, while it is written."""
+    stage = await prepare(state_dir=tmp_path / "state")
+    path, _ = await clone_of(stage)
+    assert (await trio.to_thread.run_sync(path.stat)).st_mode & 0o222
+    await stage.merge()
+    content = bytearray(stage.content)
+    for _ in range(2):
+        assert await stage.read(direct=True, path=path) == content
+    for block in (0, 7, 130, COUNT - 1):
+        before = stage.served
+        data = page(20_000 + block)
+        await trio.to_thread.run_sync(partial(write, path, data, block * PAGE, direct=direct))
+        content[block * PAGE : (block + 1) * PAGE] = data
+        assert await stage.read(direct=True, path=path) == content
+        assert COUNT - 10 <= stage.served - before < COUNT
+        assert await stage.read(path=path) == content
+    # Nothing of the others' is gone.
+    assert await stage.read() == stage.content
+
+
+@pytest.mark.require("qemu-utils")
+async def test_the_tidier_notes_nothing_that_was_written_since_it_looked(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = await prepare(state_dir=tmp_path / "state")
+    path, image = await clone_of(stage)
+    compare = tidy.Work._to_drop
+    written: list[bytes] = []
+
+    def write_first(work: tidy.Work, *arguments: Any) -> Any:
+        if work.image is image and not written:
+            written.append(page(30_000))
+            image._overlay.write(0, written[0])
+            image._forget(0, PAGE)
+        return compare(work, *arguments)
+
+    monkeypatch.setattr(tidy.Work, "_to_drop", write_first)
+    # It is cached and digested first, so that the tidier has something to compare.
+    assert await stage.read(path=path) == stage.content
+    await stage.merge()
+    stage_shelf = stage.domains[0].shelf(image, stage.shelves[0].blocks)
+    descriptor = await trio.to_thread.run_sync(partial(os.open, path, os.O_RDONLY))
+    await trio.to_thread.run_sync(os.posix_fadvise, descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    monkeypatch.setattr(stage_shelf, "put", lambda *_: 0)
+    assert await trio.to_thread.run_sync(os.pread, descriptor, SIZE, 0) == stage.content
+    monkeypatch.undo()
+    monkeypatch.setattr(tidy.Work, "_to_drop", write_first)
+    await stage.engine.until(lambda: bool(written), "looked at by the tidier")
+    await stage.engine.until(lambda: stage.dropped >= COUNT - 1, "dropped all the same")
+    assert stage_shelf.there(0, 2) == 0b10
+    assert (await stage.read(direct=True, path=path))[: 2 * PAGE] == written[0] + page(1001)
+    await trio.to_thread.run_sync(os.close, descriptor)
+
+
+@pytest.mark.require("qemu-utils")
+async def test_a_write_that_fails_is_forgotten_too(prepare: Prepare, tmp_path: Path) -> None:
+    """A part of it may be on the disk."""
+    stage = await prepare(state_dir=tmp_path / "state")
+    path, image = await clone_of(stage)
+    await stage.merge()
+    for _ in range(2):
+        assert await stage.read(direct=True, path=path) == stage.content
+    overlay, complete = image._overlay, image._overlay.write
+
+    def fail(offset: int, data: bytes) -> None:
+        complete(offset, data[:PAGE])
+        raise OSError(errno.ENOSPC, "no room")
+
+    overlay.write = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space"):
+        await trio.to_thread.run_sync(partial(write, path, page(1) + page(2), 0, direct=True))
+    assert (await stage.read(direct=True, path=path))[: 3 * PAGE] == page(1) + page(1001) + page(1002)
+
+
+@pytest.mark.require("qemu-utils")
+async def test_nobody_notes_what_is_being_written(prepare: Prepare, tmp_path: Path) -> None:
+    """Who reads while a write is under way gets old or new blocks, and neither is remembered."""
+    stage = await prepare(state_dir=tmp_path / "state")
+    path, image = await clone_of(stage)
+    await stage.merge()
+    complete = image._overlay.write
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(offset: int, data: bytes) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        complete(offset, data)
+
+    image._overlay.write = slow  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, partial(write, path, page(1), 5 * PAGE, direct=True))
+        await trio.to_thread.run_sync(begun.wait)
+        for _ in range(2):
+            assert await stage.read(direct=True, path=path) == stage.content
+        shelf = stage.domains[0].shelf(image, stage.shelves[0].blocks)
+        # Not the read of 128 KiB that has it, and all others.
+        assert shelf.there(0, 64) == (1 << 64) - (1 << 32)
+        assert image.digests[5 * 16 : 6 * 16] == bytes(16)
+        go_on.set()
+    assert (await stage.read(direct=True, path=path))[5 * PAGE : 6 * PAGE] == page(1)

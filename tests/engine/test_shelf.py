@@ -181,6 +181,33 @@ def test_a_change_of_one_file_counts_though_another_cannot_be_looked_at(tmp_path
     assert watch.epoch not in (0, before)
 
 
+def test_what_is_written_is_taken_off(make: Make) -> None:
+    """By ourselves: that is no change of a file, and all else stays."""
+    image = make(pages(1, 2, 3, 4, 5))
+    assert image.put(0, 5) == 5
+    image.watch.drop(1, 2)
+    assert image.shelf.there(0, 5) == 0b11001
+    assert image.take(0, 3 * PAGE) == (page(1) + bytes(2 * PAGE), ((PAGE, 3 * PAGE),))
+    image.watch.drop(4, 1 << 40)
+    image.watch.drop(5, 1)
+    image.watch.drop(1 << 40, 1)
+    assert image.shelf.there(0, 5) == 0b01001
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 1), (5, 1019), (5, 1020), (1023, 1), (1023, 2), (1000, 2000), (1024, 1024), (0, 5000)]
+)
+def test_any_stretch_is_taken_off_and_nothing_else(make: Make, first: int, count: int) -> None:
+    """Also those that fill whole pages of the shelf (1024 blocks each), which are given back."""
+    blocks = 3 * 1024 + 7
+    image = make([page(1)] * blocks)
+    for start in range(0, blocks, 64):
+        image.put(start, min(64, blocks - start))
+    image.watch.drop(first, count)
+    there = [bool(image.shelf.there(block, 1)) for block in range(blocks)]
+    assert there == [not first <= block < first + count for block in range(blocks)]
+
+
 def test_a_segment_that_is_no_more_leads_nowhere(make: Make) -> None:
     """Its memory is gone: a page served from there would end the engine, or be somebody else's."""
     filled = Filled(SEGMENT_SLOTS + 4)
