@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from udedup.commands import COMMANDS
 from udedup.errors import UdedupError
@@ -15,12 +16,30 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells have it."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
+class ShowVersion(argparse.Action):
+    """``--version``. Looks it up only when asked: `udedup run` must start fast."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print("udedup", version("udedup"))
+        parser.exit()
+
+
+def build_parser() -> Parser:
     """Returns the parser of the whole command line; each subcommand adds its own options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="udedup",
         description="Makes processes with equal memory share it, copy-on-write, guided by their I/O.",
     )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").splitlines()[0]

@@ -1,6 +1,7 @@
 """What a user sees of the command line without any engine: help, usage errors, and where engines are looked for."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,14 @@ def test_wrong_usage_ends_with_2_and_starts_nothing(argv: tuple[str, ...]) -> No
     done = udedup(*argv, timeout=20)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("usage: udedup")
+    assert done.stderr.startswith("udedup")
+    assert done.stderr.endswith("--help`\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_version() -> None:
+    done = udedup("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"udedup {version('udedup')}\n", "")
 
 
 @pytest.mark.parametrize(
