@@ -8,7 +8,8 @@ async with guests.booted(GuestConfig(image=image, disk=mount / "boot.img"), fold
 """
 
 from demo.guests.guest import QEMU, Completed, Guest, GuestConfig, GuestError, booted, started, wrapped
-from demo.guests.image import KINDS, MANIFEST, GuestImage, build_image, read_file
+from demo.guests.image import MANIFEST, GuestImage, build_image, read_file
+from demo.guests.kinds import KINDS
 
 __all__ = [
     "KINDS",

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from attrs import frozen
 
+from demo.guests.kinds import KINDS, Kind
 from udedup.errors import UdedupError
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -26,40 +27,6 @@ _FOLDERS = ("dev", "proc", "sys", "run", "tmp", "root", "var/tmp", "etc")
 _MERGED_USR = ("bin", "sbin", "lib", "lib64")
 _BLOCK_BYTES = 4096
 _BYTES_PER_INODE = 8192
-
-
-@frozen
-class Kind:
-    """What is on a guest's disk."""
-
-    packages: tuple[str, ...]
-    """Debian packages."""
-
-    bootstrapped: bool
-    """Whether debootstrap installs them with all that Debian has in a minimal system; else they are only unpacked."""
-
-    free: int
-    """Bytes left on the file system for the guest."""
-
-    sources: tuple[str, ...] = ()
-    """Debian source packages, unpacked below /root."""
-
-
-KINDS: dict[str, Kind] = {
-    # What boots, runs a shell, Perl and Python, and has some 60 MiB to read.
-    "boot": Kind(
-        packages=(
-            *("base-files", "bash", "coreutils", "libacl1", "libattr1", "libc6", "libcrypt1", "libexpat1", "libgmp10"),
-            *("libpcre2-8-0", "libpython3.11-minimal", "libpython3.11-stdlib", "libselinux1", "libssl3", "libtinfo6"),
-            *("libgcc-s1", "libstdc++6", "libicu72", "perl-base", "python3.11-minimal", "zlib1g"),
-        ),
-        bootstrapped=False,
-        free=96 << 20,
-    ),
-    # Two source packages that gcc and make alone can build.
-    "build": Kind(packages=("gcc", "libc6-dev", "make"), bootstrapped=True, free=512 << 20, sources=("lua5.4", "sed")),
-    "serve": Kind(packages=("nginx-light", "linux-doc"), bootstrapped=True, free=64 << 20),
-}
 
 
 @frozen
@@ -126,8 +93,6 @@ def _build(kind: Kind, folder: Path, temporary: Path) -> GuestImage:
         shutil.rmtree(root / "var/lib/apt/lists")
     else:
         _unpack(kind.packages, root, temporary)
-    if kind.sources:
-        _unpack_sources(kind.sources, root / "root", temporary)
     files = _finish(root)
     size = _build_disk(root, folder / "disk.img", kind.free)
     return GuestImage(folder / "kernel", folder / "initrd", folder / "disk.img", size, files)
@@ -183,23 +148,6 @@ def _unpack(packages: Sequence[str], root: Path, temporary: Path) -> None:
     (root / "usr/bin/sh").symlink_to("bash")
 
 
-def _unpack_sources(sources: Sequence[str], folder: Path, temporary: Path) -> None:
-    """Unpacks what Debian's source packages have from upstream, each in a folder of its own."""
-    # Most machines have no deb-src line: lists of our own, beside the machine's.
-    lists, listing = temporary / "lists", temporary / "sources.list"
-    lists.mkdir()
-    listing.write_text(f"deb-src {_MIRROR} {_SUITE} main\n")
-    own = (f"Dir::Etc::SourceList={listing}", "Dir::Etc::SourceParts=-", f"Dir::State::Lists={lists}")
-    apt = ["apt-get", "--quiet", "--quiet", *(word for option in own for word in ("-o", option))]
-    _run([*apt, "update"])
-    for source in sources:
-        downloads = Path(tempfile.mkdtemp(dir=temporary))
-        _run([*apt, "--only-source", "--download-only", "source", source], cwd=downloads)
-        (archive,) = downloads.glob("*.orig.tar.*[!c]")
-        (folder / source).mkdir()
-        _run(["tar", "-x", "-C", folder / source, "--strip-components=1", "-f", archive])
-
-
 def _finish(root: Path) -> int:
     """Adds what a guest needs besides its packages; returns the number of files in the manifest."""
     for name in _FOLDERS:
@@ -238,7 +186,7 @@ def _build_disk(root: Path, disk: Path, free: int) -> int:
     size = (int(used * 1.05) + (16 << 20) + free) // _BLOCK_BYTES * _BLOCK_BYTES
     with disk.open("wb") as file:
         file.truncate(size)
-    inodes = max(len(entries) * 2, size // _BYTES_PER_INODE // 4)
+    inodes = len(entries) * 2 + free // _BYTES_PER_INODE
     _run(["mkfs.ext4", "-q", "-F", "-b", str(_BLOCK_BYTES), "-N", str(inodes), "-m", "0", "-d", root, disk])
     return size
 

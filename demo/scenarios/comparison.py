@@ -166,6 +166,7 @@ class Theatre:
                 ksm=stage.side is Side.KSM,
                 images=tuple(self._images.values()),
                 settings={"scenario": self._name, "side": stage.side.value} | self._about(),
+                interval=self._settings.sample_seconds,
             ) as stage.recorder,
             trio.open_nursery() as nursery,
         ):
@@ -190,7 +191,8 @@ class Theatre:
 
     def _engine_options(self) -> list[str]:
         settings = self._settings
-        options = ["--policy", settings.policy, "--hint-ratio", settings.hint_ratio]
+        # At KSM's rate also where others on the machine wait for memory.
+        options = ["--policy", settings.policy, "--hint-ratio", settings.hint_ratio, "--pressure", "off"]
         rate = settings.rate
         options += ["--pages-to-scan", str(rate.pages_to_scan), "--sleep-millisecs", str(rate.sleep_millisecs)]
         if settings.hint_slots:

@@ -6,7 +6,7 @@ from pathlib import Path
 import trio
 
 from demo.guests import GuestImage, build_image
-from demo.scenarios.build import compile_project
+from demo.scenarios.build import build_project
 from demo.scenarios.scenario import Scenario
 from demo.scenarios.serve import serve
 from demo.scenarios.stage import Stage
@@ -15,7 +15,7 @@ from demo.scenarios.stage import Stage
 class Mixed(Scenario):
     """See the module. Ends when the compilation does."""
 
-    summary = "one guest compiles Lua, one serves static files"
+    summary = "one guest builds a part of Linux, one serves static files"
     last_start = "guest2 starts"
 
     def prepare(self, cache: Path) -> Mapping[str, Path]:
@@ -29,8 +29,7 @@ class Mixed(Scenario):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, stage, self._serve, "guest2", 0, compiled)
             async with stage.guest("build", self._build, "guest1") as guest:
-                await compile_project(guest)
+                await build_project(stage, guest)
                 compiled.set()
-                stage.mark("guest1 has compiled")
                 await guest.shut_down()
         return trio.current_time() - began

@@ -32,6 +32,13 @@ def rate(text: str) -> Rate:
     return Rate(count(1)(pages), count(0)(millisecs))
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait between looks")
+    return value
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those that concern scenarios only."""
     defaults = Settings()
@@ -61,6 +68,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="from one guest's start to the next (default: %(default)g)",
     )
+    group.add_argument(
+        "--sample",
+        type=_seconds,
+        default=defaults.sample_seconds,
+        metavar="SECONDS",
+        help="from one look of the recorder, which takes CPU, to the next (default: %(default)g)",
+    )
     group.add_argument("--plot", type=Path, metavar="FILE", help="the last run's curves, as .png or .html")
     group.add_argument("--record", type=Path, metavar="DIR", help="keep the recorder's Parquet files there")
 
@@ -76,6 +90,7 @@ def play(args: argparse.Namespace, console: Console) -> int:
         memory_mib=args.memory,
         guests=args.guests,
         stagger_seconds=args.stagger,
+        sample_seconds=args.sample,
     )
     if args.plot and args.plot.suffix not in (".png", ".html"):
         raise UdedupError(f"{args.plot}: a plot is a .png or an .html file")

@@ -62,3 +62,6 @@ class Settings:
 
     settle_seconds: float = 300.0
     """How long at most sharing may go on growing after the work, in scenarios that wait for it."""
+
+    sample_seconds: float = 1.0
+    """From one look of the recorder to the next. Looks take CPU: with rare ones the work takes as long as without."""

@@ -395,6 +395,38 @@ uint64_t udd_shelf_nominees(const struct udd_shelf *shelf, const struct udd_inde
 uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_t epoch, const struct udd_index *index,
 		       const uint64_t *digests, uint64_t first, uint32_t count, const char *data, struct udd_put_counts *ret);
 
+// ---- apart.c: a file of our own mount, used by threads that are no obstacle to the engine's end ----
+
+struct udd_stretch {
+	uint64_t offset; // in the file
+	uint64_t bytes;
+	uint64_t got; // bytes read, fewer only at the end of the file
+};
+
+// Both open the file, go through all stretches and close it. From before the opening on *ret_thread is the thread that does it,
+// afterwards 0. They return 0 or what failed first.
+// `ret_data`: room for the bytes of all stretches, one after the other.
+int udd_apart_read(const char *path, struct udd_stretch *stretches, size_t count, char *ret_data, uint32_t *ret_thread);
+// Drops what is cached and not mapped.
+int udd_apart_drop(const char *path, struct udd_stretch *stretches, size_t count, uint32_t *ret_thread);
+
+// ---- request.c: the mount's reads ----
+
+enum {
+	UDD_REQUEST_NONE,
+	UDD_REQUEST_THERE,
+	UDD_REQUEST_OTHERS, // none, but something else for the loop to do
+};
+
+// Whether the FUSE device has a request. If not it is looked again and again for `spin_ns`, or until there is something at `loop`
+// (-1: not looked at). Gives no CPU away: for a wait that is shorter than to be woken would take.
+int udd_request_wait(int device, int loop, uint64_t spin_ns);
+
+// Reads `size` bytes of a file from byte `position` on, with `flags` of preadv2(2), that are the bytes from `offset` on of an image.
+// Sees to it that the whole blocks among them have digests in `digests`, the image's (two words for each block). 1: some had not, 0: all
+// had. -EAGAIN: they are not all there; other errors as preadv2's.
+int udd_read_digested(int file, uint64_t position, int flags, char *buffer, size_t size, uint64_t *digests, uint64_t offset);
+
 // ---- sample.c: what has really been merged, seen from outside ----
 
 struct udd_sampler;

@@ -20,8 +20,8 @@
 
 enum {
 	SLOT_BITS = 12,
-	// Later segments, after 16 TiB of store, are not served from: what 4 bytes a block cost.
-	SEGMENTS_END = 1 << (32 - SLOT_BITS),
+	// So many successive segments, 16 TiB, can be told apart: what 4 bytes a block cost. See shelf_reach().
+	SEGMENTS_SPAN = 1 << (32 - SLOT_BITS),
 	READ_BLOCKS_MAX = 257, // 1 MiB that begins inside a block
 };
 
@@ -50,7 +50,8 @@ struct udd_watch {
 
 struct udd_shelf {
 	struct udd_store *store;
-	uint32_t *places; // by block: segment << SLOT_BITS | slot; 0: none
+	uint32_t *places; // by block: (segment - base) << SLOT_BITS | slot; 0: none
+	uint32_t base;
 	uint64_t blocks;
 	uint64_t epoch; // of the watch, in which all places were found
 };
@@ -183,7 +184,25 @@ static const char *shelf_block(const struct udd_shelf *shelf, uint64_t block)
 {
 	uint32_t place = block < shelf->blocks ? shelf->places[block] : 0;
 
-	return place ? udd_store_slot(shelf->store, place >> SLOT_BITS, place & (UDD_SEGMENT_SLOTS - 1)) : NULL;
+	return place ? udd_store_slot(shelf->store, shelf->base + (place >> SLOT_BITS), place & (UDD_SEGMENT_SLOTS - 1)) : NULL;
+}
+
+static void shelf_clear(struct udd_shelf *shelf)
+{
+	madvise(shelf->places, shelf_bytes(shelf), MADV_DONTNEED);
+}
+
+// Whether a place can say that it is in this segment. When numbers have come to the end of those that can be told apart, all
+// places are forgotten, and half of the span lies ahead again.
+static bool shelf_reach(struct udd_shelf *shelf, uint32_t segment)
+{
+	if (segment <= shelf->base)
+		return false;
+	if (segment - shelf->base < SEGMENTS_SPAN)
+		return true;
+	shelf_clear(shelf);
+	shelf->base = segment - SEGMENTS_SPAN / 2;
+	return true;
 }
 
 // Whether the shelf is good for `epoch`; one of an earlier epoch is cleared.
@@ -192,7 +211,7 @@ static bool shelf_enter(struct udd_shelf *shelf, uint64_t epoch)
 	if (!epoch)
 		return false;
 	if (shelf->epoch != epoch && shelf->epoch)
-		madvise(shelf->places, shelf_bytes(shelf), MADV_DONTNEED);
+		shelf_clear(shelf);
 	shelf->epoch = epoch;
 	return true;
 }
@@ -288,7 +307,7 @@ uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_
 			there++;
 			continue;
 		}
-		if ((!digest[0] && !digest[1]) || !udd_index_find_shared(index, digest, &segment, &slot) || segment >= SEGMENTS_END)
+		if ((!digest[0] && !digest[1]) || !udd_index_find_shared(index, digest, &segment, &slot) || !shelf_reach(shelf, segment))
 			continue;
 		page = udd_store_slot(shelf->store, segment, slot);
 		if (!page)
@@ -297,7 +316,7 @@ uint32_t udd_shelf_put(struct udd_shelf *shelf, struct udd_watch *watch, uint64_
 			ret->differing++;
 			continue;
 		}
-		shelf->places[first + i] = segment << SLOT_BITS | slot;
+		shelf->places[first + i] = (segment - shelf->base) << SLOT_BITS | slot;
 		ret->entered++;
 		there++;
 	}

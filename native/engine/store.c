@@ -25,8 +25,9 @@
 #include "../common/digest.h"
 #include "../common/uffd.h"
 #include "engine.h"
+#include "numbered.h"
 
-// A count that reached this stays there: the slot then counts as referred to until the agent leaves.
+// A count that reached this stays there: the slot then counts as referred to until the agent has nothing of its segment any more.
 static const uint16_t STUCK = UINT16_MAX;
 
 struct segment {
@@ -38,8 +39,7 @@ struct segment {
 };
 
 struct udd_store {
-	struct segment **segments; // by number
-	uint32_t capacity;
+	struct udd_numbered segments;
 	uint32_t users; // its owner and its holders: Python destroys them in any order
 	int uffd;       // -1: none
 };
@@ -51,8 +51,7 @@ struct holding {
 
 struct udd_holder {
 	struct udd_store *store;
-	struct holding **holdings; // by segment number, made when first needed
-	uint32_t capacity;
+	struct udd_numbered holdings; // by segment, as long as it has pages there
 	uint64_t pages;
 	struct udd_index *index; // see udd_holder_tell(); or NULL
 	uint32_t agent;
@@ -86,7 +85,6 @@ void udd_store_destroy(struct udd_store *store)
 	if (--store->users)
 		return;
 	udd_store_close(store);
-	free(store->segments);
 	if (store->uffd >= 0)
 		close(store->uffd);
 	free(store);
@@ -100,48 +98,30 @@ struct udd_store *udd_store_keep(struct udd_store *store)
 
 void udd_store_close(struct udd_store *store)
 {
-	for (uint32_t i = 0; i < store->capacity; i++) {
-		free(store->segments[i]);
-		store->segments[i] = NULL;
-	}
-}
-
-// Makes `*array`, of pointers, long enough for index `last`.
-static int pointers_reserve(void ***array, uint32_t *capacity, uint32_t last)
-{
-	if (last < *capacity)
-		return 0;
-	uint32_t wanted = last + last / 2 + 8;
-	void **bigger = realloc(*array, wanted * sizeof(*bigger));
-
-	if (!bigger)
-		return -ENOMEM;
-	memset(bigger + *capacity, 0, (wanted - *capacity) * sizeof(*bigger));
-	*array = bigger;
-	*capacity = wanted;
-	return 0;
+	for (uint32_t i = 0; i < store->segments.count; i++)
+		free(store->segments.items[i].thing);
+	udd_numbered_deinit(&store->segments);
 }
 
 static struct segment *store_find(const struct udd_store *store, uint32_t number)
 {
-	return number < store->capacity ? store->segments[number] : NULL;
+	return udd_numbered_find(&store->segments, number);
 }
 
 int udd_store_add_segment(struct udd_store *store, uint32_t number, void *base)
 {
-	if (number == 0 || number > 1U << 24 || store_find(store, number))
+	if (number == 0 || store_find(store, number))
 		return -EINVAL;
-	int r = pointers_reserve((void ***)&store->segments, &store->capacity, number);
-
-	if (r < 0)
-		return r;
 	struct segment *segment = calloc(1, sizeof(*segment));
 
 	if (!segment)
 		return -ENOMEM;
 	segment->base = base;
-	store->segments[number] = segment;
-	return 0;
+	int r = udd_numbered_add(&store->segments, number, segment);
+
+	if (r < 0)
+		free(segment);
+	return r;
 }
 
 int udd_store_own_segment(struct udd_store *store, uint32_t number, uint32_t agent)
@@ -162,8 +142,8 @@ int udd_store_remove_segment(struct udd_store *store, uint32_t number)
 		return -ENOENT;
 	if (segment->state.references)
 		return -EBUSY;
+	udd_numbered_remove(&store->segments, number);
 	free(segment);
-	store->segments[number] = NULL;
 	return 0;
 }
 
@@ -415,7 +395,7 @@ void udd_holder_tell(struct udd_holder *holder, struct udd_index *index, uint32_
 
 static struct holding *holder_find(const struct udd_holder *holder, uint32_t number)
 {
-	return number < holder->capacity ? holder->holdings[number] : NULL;
+	return udd_numbered_find(&holder->holdings, number);
 }
 
 static void segment_release(struct segment *segment, uint32_t slot, uint32_t references)
@@ -426,20 +406,21 @@ static void segment_release(struct segment *segment, uint32_t slot, uint32_t ref
 		segment->state.live--;
 }
 
+// Gives the references of a holding back; it is gone then, its place not yet.
+static void holding_release(const struct udd_holder *holder, struct holding *holding, uint32_t number)
+{
+	struct segment *segment = store_find(holder->store, number);
+
+	for (uint32_t slot = 0; segment && slot < UDD_SEGMENT_SLOTS; slot++)
+		segment_release(segment, slot, holding->counts[slot]);
+	free(holding);
+}
+
 void udd_holder_clear(struct udd_holder *holder)
 {
-	for (uint32_t number = 0; number < holder->capacity; number++) {
-		struct holding *holding = holder->holdings[number];
-
-		if (!holding)
-			continue;
-		struct segment *segment = store_find(holder->store, number);
-
-		for (uint32_t slot = 0; segment && slot < UDD_SEGMENT_SLOTS; slot++)
-			segment_release(segment, slot, holding->counts[slot]);
-		free(holding);
-		holder->holdings[number] = NULL;
-	}
+	for (uint32_t i = 0; i < holder->holdings.count; i++)
+		holding_release(holder, holder->holdings.items[i].thing, holder->holdings.items[i].number);
+	udd_numbered_deinit(&holder->holdings);
 	holder->pages = 0;
 }
 
@@ -447,7 +428,6 @@ void udd_holder_destroy(struct udd_holder *holder)
 {
 	udd_holder_clear(holder);
 	udd_store_destroy(holder->store);
-	free(holder->holdings);
 	free(holder);
 }
 
@@ -465,14 +445,20 @@ uint64_t udd_holder_segment_pages(const struct udd_holder *holder, uint32_t numb
 
 static int holder_hold(struct udd_holder *holder, uint32_t number, struct holding **ret)
 {
-	int r = pointers_reserve((void ***)&holder->holdings, &holder->capacity, number);
+	*ret = holder_find(holder, number);
+	if (*ret)
+		return 0;
+	struct holding *holding = calloc(1, sizeof(*holding));
+
+	if (!holding)
+		return -ENOMEM;
+	int r = udd_numbered_add(&holder->holdings, number, holding);
 
 	if (r < 0)
-		return r;
-	if (!holder->holdings[number])
-		holder->holdings[number] = calloc(1, sizeof(struct holding));
-	*ret = holder->holdings[number];
-	return *ret ? 0 : -ENOMEM;
+		free(holding);
+	else
+		*ret = holding;
+	return r;
 }
 
 static void holding_take(struct udd_holder *holder, struct holding *holding, struct segment *segment, uint32_t slot)
@@ -588,7 +574,7 @@ static int holder_drop(struct udd_holder *holder, const struct udd_drop *drop, u
 	if (drop->slot >= UDD_SEGMENT_SLOTS || drop->pages > UDD_SEGMENT_SLOTS - drop->slot)
 		return -EPROTO;
 	for (uint32_t slot = drop->slot; slot < drop->slot + drop->pages; slot++) {
-		if (!holding || !holding->counts[slot])
+		if (!holding || !holding->pages || !holding->counts[slot])
 			return -EPROTO;
 		uint64_t digest[2];
 
@@ -601,6 +587,11 @@ static int holder_drop(struct udd_holder *holder, const struct udd_drop *drop, u
 			continue;
 		holding->counts[slot]--;
 		segment_release(segment, slot, 1);
+	}
+	// Else each segment that it ever had pages of would leave one behind.
+	if (holding && !holding->pages) {
+		udd_numbered_remove(&holder->holdings, drop->segment);
+		holding_release(holder, holding, drop->segment);
 	}
 	return 0;
 }

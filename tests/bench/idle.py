@@ -24,8 +24,8 @@ SECONDS_QUICK: Final = 20.0
 RATE: Final = {"pages_to_scan": 100, "sleep_millisecs": 20}
 """KSM's default."""
 
-OPTIONS: Final = tuple(f"--{name.replace('_', '-')}={value}" for name, value in RATE.items())
-"""The same for the engine."""
+OPTIONS: Final = (*(f"--{name.replace('_', '-')}={value}" for name, value in RATE.items()), "--pressure=off")
+"""The same for the engine, whatever else goes on on the machine."""
 
 PROCESSES: Final = 2
 PAGES: Final = 32768

@@ -238,10 +238,12 @@ class Bench:
         return program
 
     @contextmanager
-    def engine(self, *options: str, images: dict[str, Path] | None = None) -> Iterator[Engine]:
-        """Runs an engine until the end of the block."""
+    def engine(
+        self, *options: str, images: dict[str, Path] | None = None, prefix: Sequence[str] = ()
+    ) -> Iterator[Engine]:
+        """Runs an engine until the end of the block; ``prefix``: see start_engine()."""
         folder = Path(tempfile.mkdtemp(prefix="engine-", dir=self.folder))
-        engine = start_engine(folder, self._ledger, *options, mount=images is not None, images=images)
+        engine = start_engine(folder, self._ledger, *options, mount=images is not None, images=images, prefix=prefix)
         try:
             yield engine
         finally:
@@ -256,16 +258,18 @@ class Bench:
         *arguments: object,
         undisturbed: bool = False,
         options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
     ) -> Program:
         """Starts a program, wrapped if there is an engine, with ``options`` of ``udedup run``.
 
-        ``undisturbed``: all its threads go before everybody else's, as on an idle machine.
+        ``undisturbed``: all its threads go before everybody else's, as on an idle machine. ``prefix``: words before.
         """
         argv = [str(program), *map(str, arguments)]
         if engine is not None:
             argv = [*UDEDUP, "run", "--socket", str(engine.socket), *options, "--", *argv]
         if undisturbed:
             argv = ["chrt", "--rr", str(REALTIME_PRIORITY), *argv]
+        argv = [*prefix, *argv]
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ledger.add_process(process.pid)
         return Program(process)

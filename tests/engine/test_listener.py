@@ -1,12 +1,15 @@
 """Whose socket file is it? One line for each way it can be somebody else's."""
 
+import contextlib
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from udedup.engine.control import request
 from udedup.engine.listener import listening
 from udedup.errors import UdedupError
 
@@ -120,3 +123,31 @@ def test_a_newer_engine_s_socket_is_not_removed(socket_path: Path) -> None:
             newer.listen()
             before = socket_path.stat().st_ino
     assert socket_path.stat().st_ino == before
+
+
+def test_a_command_waits_while_others_have_the_queue_full(socket_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.ExitStack() as stack:
+        listener.bind(str(socket_path))
+        listener.listen(1)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                client.setblocking(False)
+                client.connect(str(socket_path))
+
+        def serve() -> None:
+            while True:
+                accepted, _ = listener.accept()
+                with accepted:
+                    accepted.settimeout(0.1)
+                    with contextlib.suppress(TimeoutError, OSError):
+                        if accepted.recv(1000):
+                            accepted.send(b'.{"ok": true, "result": 7}')
+                            return
+
+        with pytest.raises(UdedupError, match="did not answer within"):
+            request(socket_path, {"op": "status"}, seconds=0.05)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        assert request(socket_path, {"op": "status"}, seconds=10) == 7
+        thread.join(10)

@@ -164,6 +164,8 @@ async def test_merged_blocks_leave_the_page_cache_and_come_from_the_store(prepar
     assert stage.served - before == COUNT
     assert await stage.read(direct=True) == stage.content
     assert stage.served - before == 2 * COUNT
+    blocks = (await stage.engine.status())["blocks"]
+    assert blocks == {"served": stage.served, "entered": COUNT, "differing": 0}
     # All of it on a file system that is memory, nothing elsewhere.
     assert await trio.to_thread.run_sync(cached_pages, stage.source) == left
 

@@ -89,8 +89,12 @@ def start_engine(
     mount: bool = True,
     images: Mapping[str, Path] | None = None,
     environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Engine:
-    """Starts an engine with its socket, mount and log in ``folder`` and waits until it serves."""
+    """Starts an engine with its socket, mount and log in ``folder`` and waits until it serves.
+
+    ``prefix``: words before the command; they must end in its ``exec``.
+    """
     socket, directory, log = folder / "socket", folder / "mount", folder / "engine.log"
     arguments = ["engine", "--socket", str(socket), *options]
     if mount:
@@ -101,7 +105,7 @@ def start_engine(
         arguments += ["--image", f"{name}={path}"]
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [*UDEDUP, *arguments],
+            [*prefix, *UDEDUP, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -1,4 +1,6 @@
 import os
+import threading
+import time
 from collections.abc import Iterator
 
 import pyfuse3
@@ -6,6 +8,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, assert_no_checkpoints
 
+from udedup._native import lib  # type: ignore[import-not-found, unused-ignore]
 from udedup.vdi import fastpoll
 
 
@@ -68,6 +71,90 @@ async def test_polls_again_when_another_task_was_faster(pipe: tuple[int, int]) -
 
     assert await fastpoll.make_wait(pipe[0], original)()
     assert waits == 3
+
+
+async def test_looks_a_while_for_the_next_request(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastpoll, "SPIN_NS", 10_000_000_000)
+    monkeypatch.setattr(fastpoll, "HOLD_SECONDS", 1000.0)
+    # The loop must not have anything else to do.
+    monkeypatch.setattr(fastpoll, "loop_descriptor", lambda: -1)
+    wait = fastpoll.make_wait(pipe[0], never)
+    writer = threading.Timer(0.05, os.write, (pipe[1], b"x"))
+    writer.start()
+    with assert_no_checkpoints():
+        assert await wait()
+    writer.join()
+
+
+async def test_looks_no_longer_than_the_loop_is_idle(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastpoll, "SPIN_NS", 60_000_000_000)
+
+    async def original() -> bool:
+        await trio.lowlevel.wait_readable(pipe[0])
+        return True
+
+    wait = fastpoll.make_wait(pipe[0], original)
+
+    async def ask() -> None:
+        # Only a loop that runs gets behind this: the look has to end for that.
+        await trio.to_thread.run_sync(time.sleep, 0.05)
+        os.write(pipe[1], b"x")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(30):
+            assert await wait()
+
+
+async def test_looks_less_often_when_it_is_in_vain(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastpoll, "SPIN_NS", 1)
+    monkeypatch.setattr(fastpoll, "loop_descriptor", lambda: -1)
+    looks = []
+    ask = fastpoll.lib.udd_request_wait
+
+    class Asked:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def udd_request_wait(self, device: int, loop: int, spin_ns: int) -> int:
+            looks.append(spin_ns)
+            return int(ask(device, loop, spin_ns))
+
+    async def original() -> bool:
+        await trio.lowlevel.checkpoint()
+        os.write(pipe[1], b"x")
+        return True
+
+    monkeypatch.setattr(fastpoll, "lib", Asked())
+    wait = fastpoll.make_wait(pipe[0], original)
+    for _ in range(1000):
+        assert await wait()
+        os.read(pipe[0], 1)
+    # Each time it does not find the request at once it is asked twice.
+    assert len(looks) == 2000
+    assert sum(looks) < 30
+
+
+def test_pauses_grow_up_to_a_limit_and_end_with_the_first_success() -> None:
+    spinning = fastpoll.Spinning()
+    pauses = []
+    for _ in range(8):
+        assert spinning.next()
+        spinning.ended(found=False)
+        pauses.append(0)
+        while not spinning.next():
+            pauses[-1] += 1
+    assert pauses == [1, 3, 7, 15, 31, 63, 63, 63]
+    spinning.ended(found=True)
+    assert all(spinning.next() for _ in range(100))
+
+
+async def test_another_trio_is_done_without(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert fastpoll.loop_descriptor() >= 0
+    monkeypatch.setattr(fastpoll, "EPOLL", "_core.not_there")
+    assert fastpoll.loop_descriptor() == -1
+    assert ["has no _core.not_there" in record.message for record in caplog.records] == [True]
 
 
 async def test_ends_with_the_session(pipe: tuple[int, int]) -> None:

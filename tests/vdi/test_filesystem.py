@@ -254,7 +254,7 @@ async def test_slow_disk_does_not_stall_the_loop(
         return read(self, offset, size)
 
     monkeypatch.setattr(Image, "read", slow_read)
-    monkeypatch.setattr(Image, "read_cached", lambda self, view, offset: False)
+    monkeypatch.setattr(Image, "read_digested", lambda self, view, room, offset: False)
     mounted = await mounter(images)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(aside, read_plain, mounted.directory / path.name, 0, BLOCK)
@@ -285,10 +285,10 @@ async def test_failing_medium(
     path = make_image(4 * BLOCK)
     mounted = await mounter(adding(path))
 
-    def broken(self: Image, view: memoryview, offset: int) -> bool:
+    def broken(self: Image, view: memoryview, room: object, offset: int) -> bool:
         raise OSError(errno.EREMOTEIO, os.strerror(errno.EREMOTEIO))
 
-    monkeypatch.setattr(Image, "read_cached", broken)
+    monkeypatch.setattr(Image, "read_digested", broken)
     for _ in range(3):
         assert await aside(error_of, read_direct, mounted.directory / path.name, 0, BLOCK) == errno.EIO
     assert mounted.hints == []
@@ -360,7 +360,7 @@ async def test_digests_of_a_read_overtaken_by_a_change_are_dropped(
         trio.from_thread.run_sync(self.update, self.examine())
         return data
 
-    monkeypatch.setattr(Image, "read_cached", lambda self, view, offset: False)
+    monkeypatch.setattr(Image, "read_digested", lambda self, view, room, offset: False)
     monkeypatch.setattr(Image, "read", overtaken)
     await aside(read_direct, mounted.directory / path.name, 0, BLOCK)
     assert image.digests[:16] == bytes(16)
@@ -427,7 +427,7 @@ async def test_cancel_does_not_wait_for_the_disk(
         return bytes(size)
 
     monkeypatch.setattr(Image, "read", stuck)
-    monkeypatch.setattr(Image, "read_cached", lambda self, view, offset: False)
+    monkeypatch.setattr(Image, "read_digested", lambda self, view, room, offset: False)
     mounted = await mounter(adding(path))
     answers: list[int | None] = []
 

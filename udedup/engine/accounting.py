@@ -7,6 +7,7 @@ import attrs
 import msgspec
 
 from udedup.engine.native import ffi, lib
+from udedup.vdi.shelf import ShelfCounters
 
 PAGE: int = lib.UDD_PAGE_SIZE
 
@@ -117,6 +118,9 @@ class Counters:
 
     segments_adopted: int = 0
     """Segments of earlier engines that were taken over."""
+
+    blocks: ShelfCounters = attrs.field(factory=ShelfCounters)
+    """Blocks of images and the store."""
 
     lead_times: LeadTimes = attrs.field(factory=LeadTimes)
 
@@ -256,6 +260,14 @@ class AgentStatus(msgspec.Struct, frozen=True):
     """Why not merging; empty if it is."""
 
 
+class BlockStatus(msgspec.Struct, frozen=True):
+    """Blocks of images, read through the mount, and the store; see ShelfCounters."""
+
+    served: int
+    entered: int
+    differing: int
+
+
 class ImageStatus(msgspec.Struct, frozen=True):
     """One image in the mount."""
 
@@ -299,6 +311,7 @@ class Status(msgspec.Struct, frozen=True):
     memory: MemoryStatus
     store: StoreStatus
     index: IndexStatus
+    blocks: BlockStatus
     agents_total: AgentsStatus
     pressure: PressureStatus
     kernel: KernelStatus | None

@@ -1,10 +1,12 @@
 """What an engine is told when it starts, and what it says when it serves."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 
 from udedup.engine.advisor import ScanTimeTarget
+from udedup.engine.headroom import part_left
 from udedup.engine.policies import POLICIES, Policy
 from udedup.engine.service import Service
 from udedup.engine.wire import HUGE_PAGES
@@ -108,6 +110,9 @@ class EngineConfig:
 
     pressure_files: tuple[Path, ...] | None = None
     """Where memory pressure is read; empty: it isn't; None: wherever the kernel has it for us."""
+
+    part_left: Callable[[], float] = part_left
+    """The part of memory that can be had, between 0 and 1: there is no pressure where that is much."""
 
     retire_seconds: float = 2.0
     """Pause between looks for segments that are mostly dead, s."""

@@ -19,6 +19,7 @@ if more follow and with ``.`` if not.
 import errno
 import json
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,9 @@ CHUNK_BYTES: Final = 65536
 """Longest packet of an answer."""
 
 REQUEST_BYTES_MAX: Final = 65536
+CONNECT_PAUSE: Final = 0.005
+"""Between two attempts where the engine's queue is full, s."""
+
 ANSWER_SECONDS: Final = 330.0
 """Unmerging a large process takes a while."""
 
@@ -45,7 +49,7 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float = ANSWE
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(seconds)
         try:
-            sock.connect(str(path))
+            _connect(sock, path, seconds)
             sock.send(packet)
             answer = json.loads(_receive(sock))
             good = answer["ok"]
@@ -58,6 +62,21 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float = ANSWE
     if not good:
         raise UdedupError(answer["error"])
     return answer["result"]
+
+
+def _connect(sock: socket.socket, path: Path, seconds: float) -> None:
+    """Waits for its turn while others have the engine's queue full. Raises OSError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            # What a socket of this family says, where others wait.
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(CONNECT_PAUSE)
+        else:
+            return
 
 
 def _receive(sock: socket.socket) -> bytes:

@@ -7,11 +7,13 @@
   into the store for a reader who may come. Pages that two processes have are still shared: that costs one page and
   frees two.
 
+Who waits while there is plenty of memory (``udedup.engine.headroom``) is not counted.
+
 A level is left only after a while well below it, one level at a time, so that it doesn't flutter.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -52,6 +54,9 @@ CRITICAL_SOME_PART = 0.4
 
 FULL_PART = 0.05
 """… from this ``Stall.full`` on."""
+
+PLENTY_PART = 0.125
+"""From this part of memory on that can be had there is plenty."""
 
 CALM = 0.5
 """A level is left below this part of what leads to it …"""
@@ -116,8 +121,12 @@ class PressureState:
 class PressureWatch:
     """Looks, judges, and has done what is to be done."""
 
-    def __init__(self, pressure: Pressure, relief: Relief, state: PressureState) -> None:
+    def __init__(
+        self, pressure: Pressure, relief: Relief, state: PressureState, *, part_left: Callable[[], float]
+    ) -> None:
+        """``part_left``: the part of memory that can be had."""
         self._pressure = pressure
+        self._part_left = part_left
         self._relief = relief
         self._state = state
         self._levels = Levels()
@@ -141,6 +150,8 @@ class PressureWatch:
         self._before = (now, totals)
         # Told by the kernel, it is a matter of the last two seconds, whenever the last look was.
         stall = Stall(TRIGGER_PART, 0.0) if told else _stall(before, totals, now - then)
+        if level_of(stall) != Level.NONE and self._part_left() >= PLENTY_PART:
+            stall = Stall(0.0, 0.0)
         level = self._levels.judge(stall, now)
         last, self._state.level, self._state.stall = self._state.level, level, stall
         for reached in range(last + 1, level + 1):

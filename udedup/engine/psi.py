@@ -14,9 +14,9 @@ from typing import Protocol
 import attrs
 import trio
 
+from udedup.engine.headroom import GROUPS, MOUNTS, own_group
+
 SYSTEM = Path("/proc/pressure/memory")
-OWN_GROUP = Path("/proc/self/cgroup")
-MOUNTS = Path("/proc/self/mountinfo")
 GROUP_FILE = "memory.pressure"
 
 TRIGGER = b"some 100000 2000000\0"
@@ -61,24 +61,11 @@ def parse(text: str) -> Totals:
     return Totals(found["some"], found.get("full", 0.0))
 
 
-def own_group_file(groups: str, mounts: str) -> Path | None:
-    """Where the pressure of our own group is, by the content of OWN_GROUP and MOUNTS; None: we are in none."""
-    path = next((line[3:] for line in groups.splitlines() if line.startswith("0::")), "/")
-    if path == "/" or path.startswith("/.."):
-        return None
-    for line in mounts.splitlines():
-        fields = line.split()
-        # After the dash: type, source, options of the file system (proc(5)).
-        if fields[fields.index("-") + 1] == "cgroup2" and fields[3] == "/":
-            return Path(fields[4] + path, GROUP_FILE)
-    return None
-
-
 def files() -> list[Path]:
     """All that are there to be watched; none if the kernel does without."""
     wanted = [SYSTEM]
-    if (own := own_group_file(OWN_GROUP.read_text(), MOUNTS.read_text())) is not None:
-        wanted.append(own)
+    if (own := own_group(GROUPS.read_text(), MOUNTS.read_text())) is not None:
+        wanted.append(own / GROUP_FILE)
     return [path for path in wanted if readable(path)]
 
 

@@ -533,7 +533,8 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
                 caches = Caches(
                     lambda: engine.domains, engine.hints, lambda: engine.images or (), engine.shortage, retirement.look
                 )
-                nursery.start_soon(PressureWatch(pressure, caches, engine.pressure).run)
+                watch = PressureWatch(pressure, caches, engine.pressure, part_left=config.part_left)
+                nursery.start_soon(watch.run)
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)

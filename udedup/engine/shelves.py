@@ -12,7 +12,7 @@ from udedup.engine.accounting import Counters
 from udedup.engine.agent import Agent
 from udedup.vdi.images import Image
 from udedup.vdi.openers import Opener
-from udedup.vdi.shelf import Shelf, ShelfCounters
+from udedup.vdi.shelf import Shelf
 
 
 class Shelves:
@@ -20,7 +20,7 @@ class Shelves:
 
     def __init__(self, agents: Callable[[], Iterable[Agent]], counters: Counters) -> None:
         """``agents``: those connected now."""
-        self.blocks = ShelfCounters()
+        self.blocks = counters.blocks
         self._agents = agents
         self._counters = counters
 

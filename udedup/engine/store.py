@@ -7,6 +7,7 @@ to the old one it is closed. The kernel's own reference counts free the memory.
 Segments of an engine that is gone are taken over where ``udedup.engine.adoption`` finds that safe.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -38,15 +39,24 @@ def segment_prefix(owner: str, label: str) -> str:
     return f"{SEGMENT_NAME}-{owner}-{quote(label, safe='')}"
 
 
+NUMBERS_END = 1 << 32
+"""What the protocol has room for: 64 PiB of store, a hundred years at KSM's default rate."""
+
+
 class SegmentNumbers:
-    """Gives out segment numbers, which are never used twice while the engine lives."""
+    """Gives out segment numbers, which are never used twice while the engine lives.
+
+    Nothing that is kept by segment is the larger for a high number (native/engine/numbered.h).
+    """
 
     def __init__(self) -> None:
         self.newest = 0
         """Highest number given out."""
 
     def take(self) -> int:
-        """The next number."""
+        """The next number. Raises OSError when there is none left."""
+        if self.newest + 1 == NUMBERS_END:
+            raise OSError(errno.ENOSPC, "all numbers of segments are used up: start the engine anew")
         self.newest += 1
         return self.newest
 

@@ -5,7 +5,7 @@ promise: whoever merges on the strength of it compares bytes first.
 """
 
 import mmap
-from typing import Final
+from typing import Any, Final
 
 from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ignore]
 
@@ -55,6 +55,20 @@ class DigestTable:
     def compute(self, first: int, count: int, data: bytes | memoryview, skip: int) -> None:
         """Digests ``count`` blocks found in ``data`` from byte ``skip`` on and enters them from block ``first`` on."""
         lib.udd_digest_pages(ffi.from_buffer(data) + skip, count, self._address + 2 * first)
+        self.fresh(first, count)
+
+    def read(self, file: int, position: int, flags: int, room: Any, offset: int, size: int) -> int:
+        """Reads ``size`` bytes of an image, which are at byte ``position`` of the open ``file``, into C's ``room``.
+
+        ``offset`` is where they are in the image, ``flags`` are those of preadv2(2). 1: some of the whole blocks among
+        them had no digest and have now, who calls has them kept by :meth:`fresh`; 0: all had. If the kernel didn't
+        give all the bytes, a negative errno.
+        """
+        result: int = lib.udd_read_digested(file, position, flags, room, size, self._address, offset)
+        return result
+
+    def fresh(self, first: int, count: int) -> None:
+        """The digests of these blocks are new: they are to be kept."""
         self.unkept.update(pages_of(first, count))
 
     def drop(self, first: int, count: int) -> None:

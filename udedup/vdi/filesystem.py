@@ -180,7 +180,7 @@ class ImageFilesystem(pyfuse3.Operations):
             image,
             Opener.of(process_of(ctx.pid), ctx.uid),
             direct=bool(flags & os.O_DIRECT),
-            own=ctx.pid in self.tidier.threads,
+            own=ctx.pid == self.tidier.thread[0],
         )
         # Counts from now on: while it is examined nobody may take it out of the mount.
         image.opened_by(handle.pid, direct=handle.direct)
@@ -218,20 +218,22 @@ class ImageFilesystem(pyfuse3.Operations):
         shelf = handle.shelf or self._find_shelf(handle)
         if shelf is not None:
             return await self._read_with(shelf, handle, off, size)
-        generation = image.generation
-        data: bytes | memoryview = self._buffer[:size]
+        data = self._buffer[:size]
         try:
-            if not image.read_cached(self._buffer[:size], off):
+            if not image.read_digested(data, self._room, off):
+                generation = image.generation
                 data = await trio.to_thread.run_sync(
                     image.read, off, size, abandon_on_cancel=True, limiter=self._limiter
                 )
+                # Digests of what was read before a change was noticed must not outlive it.
+                if generation != image.generation:
+                    return data
+                image.note_digests(off, data)
         except OSError as error:
             fail(image, error)
-        # Digests of what was read before a change was noticed must not outlive it.
-        if generation == image.generation:
-            first, count = image.note_digests(off, data)
-            if count and not handle.own:
-                self._on_read(image, first, count, handle.pid)
+        first, count = blocks_within(off, size)
+        if count and not handle.own:
+            self._on_read(image, first, count, handle.pid)
         return data
 
     async def _read_with(self, shelf: Shelf, handle: Handle, off: int, size: int) -> bytes | memoryview:

@@ -5,6 +5,7 @@ size. Reads beyond what a file has left fail with EIO. The descriptors stay open
 replaced or deleted goes on being served as it was.
 """
 
+import errno
 import itertools
 import logging
 import os
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import trio
@@ -160,6 +161,26 @@ class Image:
         """
         return self._layer.read_cached(view, offset)
 
+    def read_digested(self, view: memoryview, room: Any, offset: int) -> bool:
+        """:meth:`read_cached` and :meth:`note_digests` in one; ``room`` is C's address of ``view``."""
+        size = len(view)
+        piece = self._layer.piece(offset, size)
+        flags = None if piece is None else piece[0].flags
+        if piece is not None and flags is not None:
+            file, position = piece
+            fresh = self._table.read(file.descriptor, position, flags, room, offset, size)
+            if fresh > 0:
+                first, count = blocks_within(offset, size)
+                self._want(first, count)
+                self._table.fresh(first, count)
+            if fresh >= 0 or fresh == -errno.EAGAIN:
+                return fresh >= 0
+        # What is not in one piece, and errors.
+        if not self.read_cached(view, offset):
+            return False
+        self.note_digests(offset, view)
+        return True
+
     def read(self, offset: int, size: int) -> memoryview:
         """Reads ``size`` bytes at ``offset``, waiting for the disk; for threads that trio has started.
 
@@ -214,10 +235,14 @@ class Image:
         if not count:
             return first, 0
         if not self._table.known(first, count):
-            if self.kept is not None:
-                self.kept.want(first, count)
+            self._want(first, count)
             self._table.compute(first, count, data, first * BLOCK_BYTES - offset)
         return first, count
+
+    def _want(self, first: int, count: int) -> None:
+        """Asks for what is kept on disk around these blocks, which had no digests."""
+        if self.kept is not None:
+            self.kept.want(first, count)
 
     def examine(self) -> Stamp:
         """Looks at the files and at their paths; may wait for the disk."""

@@ -4,7 +4,7 @@ A thin cover over native/engine/shelf.c, which says why a digest is not enough a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import attrs
 
@@ -51,8 +51,7 @@ class ShelfCounters:
     """Found to differ from the store page with their digest: somebody in the domain has made that page up."""
 
 
-@attrs.frozen
-class Taken:
+class Taken(NamedTuple):
     """What a shelf has of a read."""
 
     epoch: int

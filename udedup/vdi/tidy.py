@@ -10,15 +10,14 @@ domain's store. So a domain's merges have a copy dropped only while no other dom
 
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import trio
 
+from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ignore]
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.images import Image, Images
 from udedup.vdi.regions import REGION_BLOCKS, Region, Regions
@@ -31,6 +30,9 @@ LOOK_SECONDS: Final = 1.0
 
 REGIONS_AT_ONCE: Final = 64
 """That are looked at in one go, of one image and domain: others get their turn, too."""
+
+REGIONS_READ_AT_ONCE: Final = 16
+"""That are read and dropped with one opening of the file each: up to 4 MiB."""
 
 
 @attrs.define
@@ -47,8 +49,8 @@ class Tidier:
     def __init__(self, images: Images, may_drop: Callable[[Image, Shelf], bool]) -> None:
         """``may_drop``: whether only those have an image open who may know what is on a shelf."""
         self.counters = TidyCounters()
-        self.threads: set[int] = set()
-        """Threads that are opening a file of the mount for us, by the numbers that FUSE knows them by."""
+        self.thread = ffi.new("uint32_t *")
+        """The thread that is using a file of the mount for us, by the number that FUSE knows it by; 0: none."""
         self._images = images
         self._may_drop = may_drop
         self._limiter = trio.CapacityLimiter(1)
@@ -110,33 +112,35 @@ class Work:
     def do(self, path: Path) -> None:
         """For a worker thread, all the time that the kernel may have to ask us. ``path``: of the image in the mount."""
         try:
-            with self._opened(path) as descriptor:
-                for region in self.due:
-                    self._tidy(descriptor, region)
+            for start in range(0, len(self.due), REGIONS_READ_AT_ONCE):
+                self._tidy(path, self.due[start : start + REGIONS_READ_AT_ONCE])
         except OSError as error:
             # It has been taken out of the mount, or can't be read any more.
             log.debug("image %s: what is cached of it stays: %s", self.image.path, error.strerror)
 
-    @contextmanager
-    def _opened(self, path: Path) -> Iterator[int]:
-        thread = threading.get_native_id()
-        self.tidier.threads.add(thread)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            self.tidier.threads.discard(thread)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def _tidy(self, path: Path, regions: list[Region]) -> None:
+        wanted = trio.from_thread.run_sync(lambda: [self._to_compare(region) for region in regions])
+        contents = iter(self._read(path, [stretch for stretches in wanted for stretch in stretches]))
+        compared = [[next(contents) for _ in stretches] for stretches in wanted]
+        self._drop(path, trio.from_thread.run_sync(self._to_drop, regions, compared))
 
-    def _tidy(self, descriptor: int, region: Region) -> None:
-        contents = [
-            (first, count, os.pread(descriptor, count * BLOCK_BYTES, first * BLOCK_BYTES))
-            for first, count in trio.from_thread.run_sync(self._to_compare, region)
-        ]
-        for first, count in trio.from_thread.run_sync(self._to_drop, region, contents):
-            os.posix_fadvise(descriptor, first * BLOCK_BYTES, count * BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+    def _read(self, path: Path, stretches: list[tuple[int, int]]) -> list[tuple[int, int, memoryview]]:
+        """The stretches (first block, count) with their content, shorter at the image's end. Raises OSError."""
+        if not stretches:
+            return []
+        array = _stretches_of(stretches)
+        data = memoryview(bytearray(sum(count for _, count in stretches) * BLOCK_BYTES))
+        _check(lib.udd_apart_read(bytes(path), array, len(array), ffi.from_buffer(data), self.tidier.thread))
+        contents, start = [], 0
+        for (first, count), stretch in zip(stretches, array, strict=True):
+            contents.append((first, count, data[start : start + stretch.got]))
+            start += stretch.bytes
+        return contents
+
+    def _drop(self, path: Path, stretches: list[tuple[int, int]]) -> None:
+        if stretches:
+            array = _stretches_of(stretches)
+            _check(lib.udd_apart_drop(bytes(path), array, len(array), self.tidier.thread))
 
     def _to_compare(self, region: Region) -> list[tuple[int, int]]:
         """Blocks that the store seems to have, in stretches (first, count)."""
@@ -144,8 +148,17 @@ class Work:
         nominees = self.shelf.nominees(first, REGION_BLOCKS) & ~self.shelf.there(first, REGION_BLOCKS)
         return stretches(first, region.blocks & nominees)
 
-    def _to_drop(self, region: Region, contents: list[tuple[int, int, bytes]]) -> list[tuple[int, int]]:
-        """Compares what was read, and says what is to be dropped, in stretches (first, count)."""
+    def _to_drop(
+        self, regions: list[Region], contents: list[list[tuple[int, int, memoryview]]]
+    ) -> list[tuple[int, int]]:
+        """Compares what was read of each region, and says what is to be dropped, in stretches (first, count)."""
+        return [
+            stretch
+            for region, found in zip(regions, contents, strict=True)
+            for stretch in self._to_drop_of(region, found)
+        ]
+
+    def _to_drop_of(self, region: Region, contents: list[tuple[int, int, memoryview]]) -> list[tuple[int, int]]:
         for first, count, data in contents:
             if len(data) == count * BLOCK_BYTES:
                 # What is cached was read in that epoch, or later; if it is still the same one, all is well.
@@ -159,6 +172,18 @@ class Work:
         self.regions.dropped(region, blocks, now)
         self.tidier.counters.dropped += blocks.bit_count()
         return stretches(first, blocks)
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
+def _stretches_of(stretches: list[tuple[int, int]]) -> Any:
+    """struct udd_stretch[] of (first block, count)."""
+    return ffi.new(
+        "struct udd_stretch[]", [(first * BLOCK_BYTES, count * BLOCK_BYTES, 0) for first, count in stretches]
+    )
 
 
 def stretches(first: int, blocks: int) -> list[tuple[int, int]]:

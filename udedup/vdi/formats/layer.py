@@ -8,7 +8,10 @@ a disk there, hence ``wait``.
 import errno
 import os
 from abc import ABC, abstractmethod
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from udedup.vdi.formats.raw import RawFile
 
 DEPTH_MAX: Final = 64
 """Files in a chain of backing files."""
@@ -77,6 +80,13 @@ class Layer(ABC):
         Raises OSError, EIO for a map that can't be true.
         """
 
+    def piece(self, offset: int, length: int) -> "tuple[RawFile, int] | None":
+        """The file that has these bytes in one piece, and where in it, if that is at hand; None: see :meth:`lookup`.
+
+        The usual case made short. The bytes may be beyond the end of the file.
+        """
+        return None
+
     @abstractmethod
     def forget(self) -> None:
         """Drops what is remembered of the map: a file has changed."""
@@ -87,7 +97,13 @@ class Layer(ABC):
 
     def read_cached(self, view: memoryview, offset: int) -> bool:
         """As :meth:`Source.read_cached`."""
-        done, size = 0, len(view)
+        size = len(view)
+        piece = self.piece(offset, size)
+        # False behind the end of the file, too: the long way finds out what to make of that.
+        if piece is not None:
+            file, position = piece
+            return file.read_cached(view, position)
+        done = 0
         while done < size:
             extent = self.lookup(offset + done, size - done, wait=False)
             if extent is None:

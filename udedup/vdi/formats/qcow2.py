@@ -214,17 +214,16 @@ class Qcow2(Layer):
         if self.below is not None:
             self.below.close()
 
-    def read_cached(self, view: memoryview, offset: int) -> bool:
-        """The usual case made short: a read within an ordinary cluster whose entry is at hand."""
+    def piece(self, offset: int, length: int) -> tuple[RawFile, int] | None:
+        """Within an ordinary cluster whose entry is at hand."""
         entries = self._spans.get(offset >> self._span_bits)
         within = offset & self._mask
-        if entries and self._plain and within + len(view) <= self._cluster:
+        if entries and self._plain and within + length <= self._cluster:
             entry = entries[(offset >> self._bits) & self._last_entry]
             host = entry & self._offset_bits
             if host and not entry & self._odd:
-                # False behind the end of the file, too: the long way finds out what to make of that.
-                return self._data.read_cached(view, host + within)
-        return super().read_cached(view, offset)
+                return self._data, host + within
+        return None
 
     def lookup(self, offset: int, length: int, *, wait: bool) -> Extent | None:
         entries = self._spans.get(offset >> self._span_bits)

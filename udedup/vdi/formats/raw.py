@@ -33,6 +33,16 @@ class RawFile(Layer):
     def lookup(self, offset: int, length: int, *, wait: bool) -> Extent:
         return Extent(self, offset, length)
 
+    def piece(self, offset: int, length: int) -> tuple["RawFile", int]:
+        return self, offset
+
+    @property
+    def flags(self) -> int | None:
+        """Those of preadv2(2) with which it is read if that needs no disk; None if it can't be told."""
+        if not self._nowait:
+            return None
+        return os.RWF_NOWAIT | RWF_DONTCACHE if self.passing and self._can_pass else os.RWF_NOWAIT
+
     def read_cached(self, view: memoryview, offset: int) -> bool:
         """Costs one system call and never sleeps."""
         return self._read_nowait(view, offset, passing=self.passing)
