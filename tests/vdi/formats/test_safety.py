@@ -1,6 +1,7 @@
 """What an image names is opened only where the user allows it, and what can't be is refused in one line."""
 
 import errno
+import gc
 import os
 import struct
 from collections.abc import Callable
@@ -21,10 +22,12 @@ BACKING_FORMAT = 0xE2792ACA
 
 def refused(path: Path, opening: Opening | None = None) -> str:
     """The one line that an image is refused with; nothing is left open."""
+    # What earlier tests have left must not be closed in between and hide what is left open here.
+    gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(UdedupError) as caught:
         Images().add(path, opening=opening or Opening())
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith("image ")
