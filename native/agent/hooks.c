@@ -47,8 +47,10 @@ extern void *__curbrk; // libc's idea of the program break
 
 // ---- the lock, on application threads ----
 
-// How many hooks this thread is in: more than one when a signal handler interrupted a hook.
+// How many hooks this thread is in: more than one when the handler of a fault interrupted a hook.
 static __thread unsigned depth;
+// The signals that were blocked when it went into the first of them.
+static __thread uint64_t blocked_before;
 
 static struct udd_live *live_here(void)
 {
@@ -62,40 +64,60 @@ static struct udd_live *live_here(void)
 	return live;
 }
 
+static uint64_t signal_bit(int number)
+{
+	return 1UL << (number - 1);
+}
+
+// Signals wait while their thread is in a hook. Their handlers may call hooked functions as well, and a hook that needs the lock
+// exclusively can neither wait for the one below it, nor take its hold away: the table must not change under that one's hands. What
+// the thread's own instructions raise the kernel would not let wait; it would end the process.
+static void block_signals(void)
+{
+	uint64_t wanted = ~(signal_bit(SIGSEGV) | signal_bit(SIGBUS) | signal_bit(SIGFPE) | signal_bit(SIGILL) | signal_bit(SIGTRAP) |
+			    signal_bit(SIGSYS));
+
+	udd_sys(SYS_rt_sigprocmask, SIG_BLOCK, &wanted, &blocked_before, sizeof(wanted));
+}
+
+static void restore_signals(uint64_t blocked)
+{
+	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &blocked, NULL, sizeof(blocked));
+}
+
 static void enter(void)
 {
 	struct udd_lock *lock = &live_here()->lock;
-	// Nested, it must pass a waiting writer, who waits for the hook below.
-	bool nested = depth++;
-	uint64_t all = ~0UL;
-	uint64_t mask;
 
-	if (nested ? udd_trylock_shared_urgent(lock) : udd_trylock_shared(lock))
-		return;
-	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, &mask, sizeof(all));
-	if (nested)
+	if (!depth)
+		block_signals();
+	// Nested, it must pass a waiting writer, who waits for the hook below.
+	if (depth++) {
 		udd_lock_shared_urgent(lock);
-	else
+	} else if (!udd_trylock_shared(lock)) {
 		udd_lock_shared(lock);
-	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof(mask));
-	if (!nested)
 		udd_test_count(UDD_TEST_COLLIDED, 1);
+	}
+}
+
+static void went_out(void)
+{
+	if (!--depth)
+		restore_signals(blocked_before);
 }
 
 static void leave(void)
 {
 	udd_unlock_shared(&udd_live()->lock);
-	depth--;
+	went_out();
 }
 
-// From shared to exclusive. Not atomic: look at the table again. Signals wait, or their handlers' hooks would wait for us.
-// A handler that interrupted a hook gives up that hook's hold too, for as long as it takes.
-static void enter_exclusive(uint64_t *mask)
+// From shared to exclusive. Not atomic: look at the table again. The handler of a fault gives up the hold of the hook that it
+// interrupted, too, for as long as it takes.
+static void enter_exclusive(void)
 {
 	struct udd_live *live = udd_live();
-	uint64_t all = ~0UL;
 
-	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &all, mask, sizeof(all));
 	for (unsigned held = 0; held < depth; held++)
 		udd_unlock_shared(&live->lock);
 	if (udd_lock_exclusive(&live->lock, (int32_t)udd_sys(SYS_gettid)))
@@ -103,13 +125,12 @@ static void enter_exclusive(uint64_t *mask)
 	udd_settle();
 }
 
-static void leave_exclusive(const uint64_t *mask)
+static void leave_exclusive(void)
 {
 	udd_unlock_exclusive(&udd_live()->lock);
 	for (unsigned held = 1; held < depth; held++)
 		udd_lock_shared_urgent(&udd_live()->lock);
-	depth--;
-	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, mask, NULL, sizeof(*mask));
+	went_out();
 }
 
 static void note_change(struct udd_span span, enum udd_stale_kind kind)
@@ -148,7 +169,6 @@ static bool sound(const void *address, size_t length)
 // A call that unmaps `span`, or maps over it.
 static long replace_mapping(struct udd_span span, long (*call)(const long *), const long *arguments)
 {
-	uint64_t mask;
 	long ret;
 
 	enter();
@@ -158,14 +178,14 @@ static long replace_mapping(struct udd_span span, long (*call)(const long *), co
 		leave();
 		return ret;
 	}
-	enter_exclusive(&mask);
+	enter_exclusive();
 	ret = call(arguments);
 	if (!udd_failed(ret)) {
 		udd_test_count(UDD_TEST_UNMAPPED, 1);
 		udd_forget(span);
 	}
 	note_change(span, UDD_STALE_CHANGED);
-	leave_exclusive(&mask);
+	leave_exclusive();
 	return ret;
 }
 
@@ -191,15 +211,14 @@ static void note_file(struct udd_span span, int protection, int flags, int fd, u
 {
 	struct udd_file file;
 	struct udd_source source;
-	uint64_t mask;
 
 	live_here();
 	if (!udd_file_wanted(span, protection, flags, fd, &file))
 		return;
 	enter();
-	enter_exclusive(&mask);
+	enter_exclusive();
 	udd_file_add(&file);
-	leave_exclusive(&mask);
+	leave_exclusive();
 	// The layout may have been read since it was mapped, but before it was known.
 	note_mapped();
 	source = (struct udd_source){.inode = file.inode, .offset = offset, .on_mount = true};
@@ -347,7 +366,6 @@ static long change_protection(long number, struct udd_span span, const long *arg
 {
 	const void *address = udd_pointer((uint64_t)arguments[0]);
 	long protection = arguments[2];
-	uint64_t mask;
 	long ret;
 
 	if (arguments[0] % UDD_PAGE_SIZE || !sound(address, (size_t)arguments[1]))
@@ -359,7 +377,7 @@ static long change_protection(long number, struct udd_span span, const long *arg
 		leave();
 		return ret;
 	}
-	enter_exclusive(&mask);
+	enter_exclusive();
 	udd_files_restore(span, false);
 	// A mapping of the store must not become executable, nor protected by a key it would lose again.
 	if ((protection & PROT_EXEC) || number == SYS_pkey_mprotect)
@@ -368,7 +386,7 @@ static long change_protection(long number, struct udd_span span, const long *arg
 	if (protection & PROT_WRITE)
 		udd_files_open(span);
 	note_change(span, UDD_STALE_CHANGED);
-	leave_exclusive(&mask);
+	leave_exclusive();
 	return ret;
 }
 
@@ -524,7 +542,6 @@ static int hook_madvise(void *address, size_t length, int advice)
 	uint32_t attribute;
 	bool sets;
 	enum advice_kind kind = advice_kind(advice, &attribute, &sets);
-	uint64_t mask;
 	long ret;
 
 	if (kind == ADVICE_HARMLESS || (uintptr_t)address % UDD_PAGE_SIZE || !sound(address, length))
@@ -539,7 +556,7 @@ static int hook_madvise(void *address, size_t length, int advice)
 		leave();
 		return (int)udd_as_errno(ret);
 	}
-	enter_exclusive(&mask);
+	enter_exclusive();
 	if (kind == ADVICE_DISCARD) {
 		ret = discard_all(span, advice);
 	} else {
@@ -552,7 +569,7 @@ static int hook_madvise(void *address, size_t length, int advice)
 			update_runs(span, sets ? add_attribute : remove_attribute, attribute);
 		note_change(span, UDD_STALE_CHANGED);
 	}
-	leave_exclusive(&mask);
+	leave_exclusive();
 	return (int)udd_as_errno(ret);
 }
 
@@ -561,7 +578,6 @@ static const struct udd_span WHOLE_MEMORY = {0, UINT64_MAX - UDD_PAGE_SIZE + 1};
 // Merged pages in locked memory break in place, because a new mapping would not be locked.
 static void change_locking(struct udd_span span, void (*change)(struct udd_run_entry *, uint32_t))
 {
-	uint64_t mask;
 
 	enter();
 	note_change(span, UDD_STALE_CHANGED);
@@ -569,9 +585,9 @@ static void change_locking(struct udd_span span, void (*change)(struct udd_run_e
 		leave();
 		return;
 	}
-	enter_exclusive(&mask);
+	enter_exclusive();
 	update_runs(span, change, UDD_ATTRIBUTE_LOCKED);
-	leave_exclusive(&mask);
+	leave_exclusive();
 }
 
 static int hook_mlock(const void *address, size_t length)
@@ -645,17 +661,16 @@ static bool read_range(const void *argument, struct udd_span *ret)
 static int hook_ioctl(int fd, unsigned long request, void *argument)
 {
 	struct udd_span span;
-	uint64_t mask;
 	long ret;
 
 	if (request == UFFDIO_REGISTER && is_userfaultfd(fd) && read_range(argument, &span)) {
 		enter();
-		enter_exclusive(&mask);
+		enter_exclusive();
 		udd_files_restore(span, false);
 		dissolve_all(span);
 		note_change(span, UDD_STALE_CHANGED);
 		ret = udd_sys(SYS_ioctl, fd, request, argument);
-		leave_exclusive(&mask);
+		leave_exclusive();
 		return (int)udd_as_errno(ret);
 	}
 	return (int)udd_as_errno(udd_sys(SYS_ioctl, fd, request, argument));
@@ -717,7 +732,6 @@ static void *hook_mremap(void *address, size_t old_length, size_t new_length, in
 		   (flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP)) ||
 		   ((flags & MREMAP_DONTUNMAP) && (!(flags & MREMAP_MAYMOVE) || old_length != new_length));
 	long arguments[] = {(long)address, (long)old_length, (long)new_length, flags, 0};
-	uint64_t mask;
 	long ret;
 
 	if (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)) {
@@ -738,11 +752,11 @@ static void *hook_mremap(void *address, size_t old_length, size_t new_length, in
 		note_remap(from, ret, new_length);
 		leave();
 	} else {
-		enter_exclusive(&mask);
+		enter_exclusive();
 		udd_files_restore(from, true);
 		ret = old_length ? udd_remap(from, to, arguments) : copy_mapping(from, to, arguments);
 		note_remap(from, ret, new_length);
-		leave_exclusive(&mask);
+		leave_exclusive();
 	}
 	return (void *)udd_as_errno(ret);
 }
@@ -762,6 +776,7 @@ static pid_t hook_fork(void)
 	if (ret == 0) {
 		depth = 0;
 		udd_agent_forked();
+		restore_signals(blocked_before);
 	} else {
 		leave();
 	}
@@ -772,6 +787,7 @@ static pid_t hook_fork(void)
 struct clone_call {
 	int (*body)(void *);
 	void *argument;
+	uint64_t blocked; // signals, before the hook
 };
 
 static bool is_last_thread(void)
@@ -789,6 +805,7 @@ static int clone_body(void *argument)
 
 	depth = 0;
 	udd_agent_forked();
+	restore_signals(call.blocked);
 	ret = call.body(call.argument);
 	// libc ends only this thread now, and the agent's would keep the process.
 	if (is_last_thread())
@@ -804,6 +821,7 @@ static int hook_clone(int (*body)(void *), void *stack, int flags, void *argumen
 	if ((flags & CLONE_VM) || !body)
 		return original_clone(body, stack, flags, argument, parent_tid, tls, child_tid);
 	enter();
+	call.blocked = blocked_before;
 	ret = original_clone(clone_body, stack, flags, &call, parent_tid, tls, child_tid);
 	leave();
 	return ret;

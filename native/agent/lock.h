@@ -9,7 +9,7 @@
 // Anderson, Real-Time Systems 46, 2010). Among writers the worker is last. The fault thread passes waiting writers
 // (udd_lock_shared_urgent): an application thread that holds the lock shared may be waiting for it.
 //
-// Does not block signals: hooks nest in signal handlers, which hooks.c deals with.
+// Does not block signals; hooks.c does.
 #ifndef UDD_LOCK_H
 #define UDD_LOCK_H
 

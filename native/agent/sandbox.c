@@ -46,6 +46,7 @@ static const struct {
 	{SYS_ioctl, {-1, UFFDIO_ZEROPAGE}},
 	{SYS_lseek, {-1}},
 	{SYS_madvise, {0, 0, MADV_POPULATE_WRITE}},
+	{SYS_mincore, {0}},
 	{SYS_mmap, {0, 0, PROT_READ, MAP_SHARED}},
 	{SYS_mprotect, {0, 0, PROT_READ}},
 	{SYS_mremap, {0, 0, 0, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP}},

@@ -177,11 +177,14 @@ static void read_events(struct transaction *tx)
 }
 
 // A page that a fork child no longer shares is still marked as shared until the next write to it. Populating for write
-// takes that mark off without changing anything, so that the page can be moved. Never a page whose removal was read: the
-// kernel may drop it any moment, and we would wait in a fault that is served after we give the lock back.
+// takes that mark off without changing anything, so that the page can be moved. Never a hole, or a page whose removal was
+// read, which the kernel may drop any moment: we would wait in a fault that is served after we give the lock back.
 static bool take_back_from_fork(uint64_t address)
 {
-	return !udd_failed(udd_sys(SYS_madvise, address, UDD_PAGE_SIZE, MADV_POPULATE_WRITE));
+	unsigned char there = 0;
+
+	return !udd_failed(udd_sys(SYS_mincore, address, UDD_PAGE_SIZE, &there)) && (there & 1) &&
+	       !udd_failed(udd_sys(SYS_madvise, address, UDD_PAGE_SIZE, MADV_POPULATE_WRITE));
 }
 
 static void freeze(struct transaction *tx, unsigned from, unsigned to)

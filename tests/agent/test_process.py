@@ -18,6 +18,7 @@ CASES = (
     "only-thread-cancels-itself",
     "main-thread-exits",
     "handler-maps-while-main-unmaps",
+    "handler-at-every-instruction",
     "signals-interrupt",
     "pipe-ends-at-once",
     "no-descriptor-free",

@@ -98,6 +98,8 @@ def test_what_an_engine_has_digested_is_kept(engine_factory: Callable[..., Engin
         file.unlink()
     assert engine.command("mount", f"two={disk}").returncode == 0
     assert (engine.mount / "two").read_bytes() == disk.read_bytes()
+    # The kernel tells of the closing later, but before it asks for this.
+    assert [path.name for path in engine.mount.iterdir()] == ["two"]
     assert engine.stop() == 0
     assert missing(disk, "--state-dir", state) == 0
     assert engine.log.read_text() == ""

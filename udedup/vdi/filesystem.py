@@ -432,11 +432,12 @@ def session(directory: Path, filesystem: ImageFilesystem, *, allow_other: bool) 
         (descriptor,) = fuse_descriptors() - before
         yield descriptor
     finally:
-        if filesystem.handles:
-            users = ", ".join(str(pid) for pid in sorted({handle.pid for handle in filesystem.handles.values()}))
+        others = [handle for handle in filesystem.handles.values() if not handle.own]
+        if others:
+            users = ", ".join(str(pid) for pid in sorted({handle.pid for handle in others}))
             log.warning(
                 "mount point %s: unmounting with %d files open (by process %s), which can't be read any more",
-                directory, len(filesystem.handles), users,
+                directory, len(others), users,
             )  # fmt: skip
         # Closes the device first, so that it can't wait for ourselves, and unmounts lazily.
         pyfuse3.close()

@@ -11,6 +11,7 @@
 #include <sys/single_threaded.h>
 #include <sys/time.h>
 #include <sys/uio.h>
+#include <sys/user.h>
 
 enum { PAGES = 16 };
 
@@ -483,6 +484,93 @@ static void handler_maps_while_main_unmaps(void)
 	check(intact(twin, PAGES, 1, WHOLE, 0));
 }
 
+// What a traced child works on, and what its handler does meanwhile, which needs the map lock exclusively: a page broke once.
+static char *outer, *inner;
+static volatile unsigned *moves; // seen by parent and child
+
+static void move_inner(int number)
+{
+	(void)number;
+	inner = mremap(inner, PAGE, PAGE, MREMAP_MAYMOVE);
+	++*moves;
+	__asm__ volatile("int3"); // the tracer takes over
+}
+
+static void work_for_a_tracer(void)
+{
+	struct sigaction action = {.sa_handler = move_inner};
+
+	sigaction(SIGUSR1, &action, NULL);
+	check(ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0);
+	raise(SIGSTOP);
+	madvise(outer, PAGE, MADV_DONTNEED);
+	outer = mremap(outer, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE);
+	munmap(outer + PAGE, PAGE);
+	raise(SIGSTOP);
+	check(is_zero(outer, 1) && page_is(inner, 5, 0));
+	_exit(42);
+}
+
+static unsigned long stack_pointer(pid_t pid)
+{
+	struct user_regs_struct registers;
+
+	check(ptrace(PTRACE_GETREGS, pid, NULL, &registers) == 0);
+	return registers.rsp;
+}
+
+// Runs the child from one SIGSTOP to the next, instruction by instruction, and sends it a signal before each. The handler runs in
+// one go, at once or, where the signal is blocked, as soon as it is let through.
+static void interrupt_everywhere(pid_t pid)
+{
+	enum { FRAME = 512 }; // less than a signal's frame has
+	unsigned long interrupted = 0;
+	bool ready = false; // one instruction after the handler has returned
+	unsigned sent = 0;
+	int status = wait_child(pid);
+
+	check(WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP);
+	do {
+		int number = ready || WSTOPSIG(status) == SIGUSR1 ? SIGUSR1 : 0;
+
+		if (number)
+			interrupted = stack_pointer(pid);
+		sent += ready;
+		ready = !number && stack_pointer(pid) + FRAME > interrupted;
+		check(ptrace(number ? PTRACE_CONT : PTRACE_SINGLESTEP, pid, NULL, number) == 0);
+		status = wait_child(pid);
+		check(WIFSTOPPED(status));
+	} while (WSTOPSIG(status) != SIGSTOP);
+	// The last may have been blocked until now.
+	while (*moves != sent) {
+		check(ptrace(PTRACE_CONT, pid, NULL, WSTOPSIG(status) == SIGUSR1 ? SIGUSR1 : 0) == 0);
+		status = wait_child(pid);
+		check(WIFSTOPPED(status));
+	}
+	check(sent > 50);
+	check(ptrace(PTRACE_DETACH, pid, NULL, NULL) == 0);
+}
+
+// Wherever in a hook a signal arrives, what its handler does to mappings works.
+static void handler_at_every_instruction(void)
+{
+	char *at = merged(PAGES, 1, WHOLE, NULL);
+	pid_t pid;
+
+	at[0] ^= 1;
+	outer = plain(2);
+	inner = plain(1);
+	fill_page(outer, 4, 0);
+	fill_page(inner, 5, 0);
+	moves = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	check(moves != MAP_FAILED);
+	pid = fork();
+	if (pid == 0)
+		work_for_a_tracer();
+	interrupt_everywhere(pid);
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+}
+
 // A signal of the application never arrives at an agent's thread, and interrupts what it would interrupt.
 static void signals_interrupt(void)
 {
@@ -662,6 +750,7 @@ static const struct test_case cases[] = {
 	{"main-thread-exits", main_thread_exits},
 	{"single-threaded-to-libc", single_threaded_to_libc},
 	{"handler-maps-while-main-unmaps", handler_maps_while_main_unmaps},
+	{"handler-at-every-instruction", handler_at_every_instruction},
 	{"signals-interrupt", signals_interrupt},
 	{"pipe-ends-at-once", pipe_ends_at_once},
 	{"print-descriptors", print_descriptors},
