@@ -578,7 +578,6 @@ static const struct udd_span WHOLE_MEMORY = {0, UINT64_MAX - UDD_PAGE_SIZE + 1};
 // Merged pages in locked memory break in place, because a new mapping would not be locked.
 static void change_locking(struct udd_span span, void (*change)(struct udd_run_entry *, uint32_t))
 {
-
 	enter();
 	note_change(span, UDD_STALE_CHANGED);
 	if (!udd_merged_in(span)) {
