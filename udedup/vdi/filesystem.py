@@ -48,12 +48,12 @@ ENTRY_SECONDS: Final = 3600.0
 ATTRIBUTE_SECONDS: Final = 1.0
 # How often the files of images that have been read are examined for changes, …
 EXAMINE_SECONDS: Final = 1.0
-# How long a write may stay in memory if nobody asks for it to be on the disk.
-SETTLE_SECONDS: Final = 5.0
 # … and how often at most those of which inotify tells that they have changed.
 NOTICE_SECONDS: Final = 0.1
 # Every so many times that images which have been read are examined, those that are only open are examined as well.
 OPEN_TURNS: Final = 3
+# How long a write may stay in memory if nobody asks for it to be on the disk.
+SETTLE_SECONDS: Final = 5.0
 # Reads that wait for disks at the same time; apart from trio's own limit, so that they can't use up the threads of the
 # rest of the engine.
 DISK_THREADS: Final = 16
