@@ -152,7 +152,7 @@ async def test_time_of_users_is_shared_out(autojump_clock: trio.testing.MockCloc
     assert trio.current_time() - began == 1.0
 
 
-def test_connections_of_users() -> None:
+async def test_connections_of_users() -> None:
     guests = Guests(own=frozenset({0}), connections_max=8)
     for _ in range(2):
         assert guests.comes(1000)

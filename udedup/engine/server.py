@@ -6,6 +6,7 @@ others go on.
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import resource
@@ -78,6 +79,9 @@ HELLO_SECONDS = 5.0
 ACCEPT_PAUSE = 0.1
 """Pause when there are no descriptors left for a new connection, s."""
 
+ACCEPTS_AT_ONCE = 8
+"""New connections that are taken one after the other, before somebody else has a turn of the loop."""
+
 JOIN_SECONDS = 0.001
 """What it takes to let an agent join, and leave again."""
 
@@ -141,7 +145,9 @@ class Engine:
     async def accept(self, listener: socket.socket) -> None:
         """Takes connections until cancelled."""
         async with trio.open_nursery() as nursery:
-            while True:
+            for number in itertools.count(1):
+                if number % ACCEPTS_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
                 try:
                     sock, _ = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
@@ -153,14 +159,15 @@ class Engine:
                     await trio.sleep(ACCEPT_PAUSE)
                     continue
                 sock.setblocking(False)
-                nursery.start_soon(self._serve, sock)
+                peer = peer_of(sock)
+                if self._guests.comes(peer.uid):
+                    nursery.start_soon(self._serve, sock, peer)
+                else:
+                    sock.close()
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, peer: Peer) -> None:
         """One connection, from its first message to its end."""
-        peer = peer_of(sock)
         try:
-            if not self._guests.comes(peer.uid):
-                return
             packet = b""
             with trio.move_on_after(HELLO_SECONDS):
                 packet = await clients.receive_packet(sock, PACKET_MAX)
@@ -183,7 +190,8 @@ class Engine:
             log.log(level, "connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
         except AgentError as error:
-            log.warning("connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
+            level = self._guests.heard_of(peer.uid)
+            log.log(level, "connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
         except LinkClosedError:
             log.debug("pid %d was gone before it was welcomed", peer.pid)
@@ -221,7 +229,7 @@ class Engine:
         except AgentError as error:
             farewell = str(error)
             self.counters.agents_dropped += 1
-            log.warning("%s dropped: %s", agent, error)
+            log.log(self._guests.heard_of(peer.uid), "%s dropped: %s", agent, error)
         finally:
             if farewell is not None:
                 link.say(refusal(lib.UDD_BYE, farewell))
