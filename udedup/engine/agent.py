@@ -72,10 +72,6 @@ UNMERGE_SECONDS = 300.0
 CANDIDATES_PER_PAGE = 2
 """Candidates an agent may have per resident page: stale ones wait for two rounds."""
 
-VISIT_LEAST_PART = 8
-"""A step that does not end a turn is charged at least one part in this many of what was asked for, and at least a page:
-the last few pages of a spurt could be asked for without end else."""
-
 PUBLISH_SECONDS = 2.0
 """In that time an agent may have as many pages published as it may have candidates."""
 
@@ -382,7 +378,9 @@ class Agent:
         self._drain()
         visited = head.visited + answer.value // lib.UDD_SKIPS_PER_VISIT
         if not head.wrapped:
-            visited = max(visited, -(-pages // VISIT_LEAST_PART))
+            # An agent stops before that only where its answer has no room for more: whoever says that it has visited
+            # less is charged all the same, or a spurt would be made of many steps with it.
+            visited = max(visited, min(pages, REPORTS_MAX))
         self._turn += visited
         # Memory that does not end would keep the scan from all others.
         over = bool(head.wrapped) or self._turn > self._resident + REPORTS_MAX

@@ -22,7 +22,10 @@ PATIENCE = 0.02
 """How long others wait for an agent's answer, s. It may answer later (see EngineConfig.answer_seconds), but alone."""
 
 DRAIN_PAGES = 1 << 15
-"""Hinted pages taken in at a time, from all agents together: the rest stays in the rings, which forget the oldest."""
+"""Hinted pages taken in at a time, from all agents together: the rest stays in the rings, which forget the oldest …"""
+
+DRAIN_PAGES_FAST = 1 << 11
+"""… and without a rate limit, where it is done some thousand times in a second and holds everything up meanwhile."""
 
 BUSY_SECONDS = 0.05
 """How long the linear scan waits when all agents are busy, s."""
@@ -49,6 +52,7 @@ class Rounds:
         self._counters = counters
         self._hints = hints
         self._width = width
+        self._drain_pages = DRAIN_PAGES if width == 1 else DRAIN_PAGES_FAST
         self._due: list[Agent] = []
         """Agents whose memory this round has not been through yet, in turn."""
         self._scanning: set[int] = set()
@@ -153,7 +157,7 @@ class Rounds:
         """Takes in these agents' rings; whether something is left in them."""
         more = False
         agents = [agent for agent in agents if self._visiting[agent.number] < VISITS_MAX]
-        pages = DRAIN_PAGES // max(1, sum(agent.area.hints.waiting for agent in agents))
+        pages = self._drain_pages // max(1, sum(agent.area.hints.waiting for agent in agents))
         for agent in agents:
             try:
                 drained = self._hints.drain(agent.number, agent.area.hints, pages=pages, arm=arm)
