@@ -79,7 +79,7 @@ struct udd_live {
 	struct udd_stats *stats;       // in the shared area, or `own_stats`
 	struct udd_hint_ring *hints;   // in the shared area; NULL before joining
 	struct udd_drop_ring *drops;   // likewise
-	uint64_t reported;             // the engine knows of the runs below this address
+	uint64_t reported;             // the engine counts the runs below this address, all of them from UDD_RUNS on. Under the map lock
 	uint64_t mount_dev;            // st_dev of the udedup mount, 0: none. Set under the map lock held exclusively
 	uint32_t mount_known;          // 1: mount_dev says what the engine said
 	uint64_t holdoff_ns;           // how long a broken page is left alone
