@@ -138,6 +138,8 @@ struct udd_agent {
 	struct udd_segment_map *segments; // UDD_SEGMENTS_MAX
 	uint64_t engine_id[2];     // the engine joined last
 	uint64_t hooks;            // bit set of installed hooks
+	bool knows_handlers;       // the hook that learns of signal handlers is there
+	bool has_handlers;         // there are some, or were. Under the map lock.
 	uint64_t *test_counters;   // UDEDUP_TEST_COUNTERS, shared with whoever tests; else NULL
 	bool keep_ksm;             // UDEDUP_KEEP_KSM: MADV_MERGEABLE goes to the kernel
 	bool quiet;                // UDEDUP_QUIET_BREAKS, or the engine wants it: all breaks take the same time
