@@ -3,7 +3,6 @@
 import os
 import random
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.engine import Engine, start_engine
 from support.ledger import Ledger
+from support.tmpfs import mount_tmpfs
 
 from udedup.engine import control
 from udedup.vdi.keeping import RACY_NS
@@ -26,10 +26,7 @@ pytestmark = pytest.mark.require("root")
 @pytest.fixture
 def full(tmp_path: Path, ledger: Ledger) -> Path:
     """A directory on a file system with one page of room."""
-    directory = tmp_path / "full"
-    directory.mkdir()
-    ledger.add_mount(directory)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8K,mode=700", "full", directory], check=True)
+    directory = mount_tmpfs(tmp_path / "full", "size=8K,mode=700", ledger)
     (directory / "filling").write_bytes(b"x" * 4096)
     return directory
 
