@@ -28,6 +28,12 @@ class Model:
     """Time one scan call takes."""
     cpu_per_page: float = 0.0
     """s."""
+    hint_yield: float = 0.0
+    """Part of the hinted pages that match."""
+    scan_yield: float = 0.0
+    """Likewise, of the linear scan's."""
+    matched_hinted: int = 0
+    matched_scanned: int = 0
     present: bool = True
     merged: int = 0
     visited: int = 0
@@ -48,6 +54,7 @@ class Model:
         await trio.lowlevel.checkpoint()
         taken = min(pages, self.hints)
         self.hints -= taken
+        self.matched_hinted += round(taken * self.hint_yield)
         self.note("hints", taken)
         return taken
 
@@ -55,6 +62,7 @@ class Model:
         await trio.sleep(self.scan_seconds)
         taken = min(pages, self.round_pages - self.position)
         self.position += taken
+        self.matched_scanned += round(taken * self.scan_yield)
         self.note("scan", taken)
         if self.position < self.round_pages:
             return Step(taken, 0)
@@ -135,6 +143,38 @@ async def test_ratio(runs: tuple[int, int], part: float, autojump_clock: trio.te
     model = Model(hints=10**9, round_pages=10**9)
     await run_for(39.995, model, Policy(*runs), 10)
     assert model.pages("hints") == pytest.approx(part * model.visited, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("hint_yield", "scan_yield", "part"), [(0.4, 0.1, 15 / 16), (0.1, 0.4, 1 / 2), (0.0, 0.0, 1 / 2)]
+)
+async def test_hints_get_most_of_the_scan_s_spurts_while_they_match_more_often(
+    hint_yield: float, scan_yield: float, part: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    model = Model(hints=10**9, round_pages=10**9, hint_yield=hint_yield, scan_yield=scan_yield)
+    await run_for(39.995, model, POLICIES["xlh"](1, 1), 20)
+    assert model.pages("hints") == pytest.approx(part * model.visited, rel=0.02)
+    assert model.visited == pytest.approx(2000 * PAGES, rel=TOGETHER_SECONDS / 39)
+
+
+async def test_the_scan_has_its_spurts_back_when_it_finds_more(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(hints=10**9, round_pages=10**9, hint_yield=0.4, scan_yield=0.0)
+    nursery.start_soon(run_for, 1000.0, model, POLICIES["xlh"](1, 1), 20)
+    await trio.sleep(100)
+    model.hint_yield, model.scan_yield = 0.1, 0.9
+    await trio.sleep(200)
+    model.diary.clear()
+    await trio.sleep(50)
+    assert model.pages("scan") == pytest.approx(50 / 0.02 * PAGES / 2, rel=0.02)
+
+
+async def test_nothing_is_lent_to_hints_that_don_t_come(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(hints=1000, round_pages=10**9, hint_yield=1.0)
+    await run_for(39.995, model, POLICIES["xlh"](1, 1), 20)
+    assert model.pages("hints") == 1000
+    assert model.visited == pytest.approx(2000 * PAGES, rel=QUIET_SECONDS / 39)
 
 
 async def test_leftovers_of_a_dry_hint_spurt_are_scanned(autojump_clock: trio.testing.MockClock) -> None:

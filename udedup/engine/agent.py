@@ -452,6 +452,7 @@ class Agent:
         zeros = {} if self._huge.splits_always else hugepages.zeros_of(reports, count)
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_CANDIDATE)
+            self._counters.count_matched(matches.count, hinted=hinted is not None)
             matches, revisit = await self._worth_splitting(matches, zeros)
             if matches.count:
                 await self._publish_all(matches)
@@ -482,6 +483,7 @@ class Agent:
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_PARK)
             shareable = matches if share_alone else matches.without_alone(self.number)
+            self._counters.count_matched(shareable.count, hinted=hinted is not None)
             # First what the copy area still has from the look at the pages.
             for copied in (True, False):
                 await self._publish(shareable, copied=copied)

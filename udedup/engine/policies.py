@@ -1,7 +1,9 @@
 """How pages are chosen: the policies by name. Nothing heavy is imported here, the command line needs the names.
 
 - ``linear``: KSM's; memory is scanned in turns.
-- ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013).
+- ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013). While more hints come than
+  that lets it serve, and the pages they name match more often than those of the scan, they get most of the scan's
+  spurts, too (see lending.py).
 - ``eager``: the same, but hints are served at once, out of the allowance of up to half a minute ahead, which the scan
   gives back later; and a block of an image is put into the store, and its reader merged with it, at its first read, so
   that the next reader finds it there (as Satori, USENIX ATC 2009, does at the block device).
@@ -29,6 +31,9 @@ class Policy(NamedTuple):
 
     shares_first_read: bool = False
     """Whether an image block that is in one place only is shared with the store."""
+
+    lends: bool = True
+    """Whether hints may have the linear scan's spurts, too, while it finds less."""
 
     def spurts(self) -> Iterator[bool]:
         """For ever: whether the next spurt takes hints first."""

@@ -121,6 +121,16 @@ class Rounds:
         return self._counters.merged_pages
 
     @property
+    def matched_hinted(self) -> int:
+        """Hinted pages so far that were found to be elsewhere, too."""
+        return self._counters.hints_matched
+
+    @property
+    def matched_scanned(self) -> int:
+        """Likewise, of the linear scan."""
+        return self._counters.scan_matched
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
         return time.process_time() + agents_cpu_seconds(self.agents.values(), self._counters)

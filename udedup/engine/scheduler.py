@@ -16,6 +16,7 @@ import attrs
 import trio
 
 from udedup.engine.advisor import Pace
+from udedup.engine.lending import Lending
 from udedup.engine.policies import Policy
 
 REST_FIRST = 0.02
@@ -66,6 +67,14 @@ class Workload(Protocol):
         """Pages merged so far."""
 
     @property
+    def matched_hinted(self) -> int:
+        """Hinted pages so far that were found to be elsewhere, too."""
+
+    @property
+    def matched_scanned(self) -> int:
+        """Likewise, of the linear scan."""
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
 
@@ -102,6 +111,7 @@ class Scheduler:
         """No hints came of late."""
         self._debt = 0
         """Pages that hints have used ahead of time."""
+        self._lending = Lending()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -133,14 +143,19 @@ class Scheduler:
 
     async def _spurts(self, with_hints: int, without: int) -> int:
         """So many, at once."""
+        hint_pages = with_hints * self._pace.pages_to_scan
+        scan_pages = without * self._pace.pages_to_scan
+        if self._policy.hint_runs and self._policy.lends:
+            lent = self._lending.lent(scan_pages)
+            hint_pages, scan_pages = hint_pages + lent, scan_pages - lent
         left = 0
-        if with_hints:
-            pages = with_hints * self._pace.pages_to_scan
-            hinted = await self._workload.visit_hints(pages + self._room_ahead())
+        if hint_pages:
+            hinted = await self._workload.visit_hints(hint_pages + self._room_ahead())
             self._quiet = self._quiet and hinted == 0
             self._round_visited += hinted
-            left = self._settle(pages - hinted)
-        left += self._settle(without * self._pace.pages_to_scan)
+            self._lending.hints.note(hinted, self._workload.matched_hinted)
+            left = self._settle(hint_pages - hinted)
+        left += self._settle(scan_pages)
         if left <= 0 or trio.current_time() < self._rests_until:
             return 0
         return await self._scan(left)
@@ -151,6 +166,7 @@ class Scheduler:
         while left > 0:
             step = await self._workload.scan(left)
             self._round_visited += step.visited
+            self._lending.scan.note(step.visited, self._workload.matched_scanned)
             left -= step.visited
             if step.rounds:
                 rounds += step.rounds
