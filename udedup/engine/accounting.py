@@ -68,6 +68,9 @@ class Counters:
     hints_matched: int = 0
     """Hinted pages that were found to be elsewhere, too."""
 
+    scan_changed: int = 0
+    """Pages of the linear scan that were new, or had changed since the last round."""
+
     scan_matched: int = 0
     """Pages of the linear scan that were found to be elsewhere, too."""
 

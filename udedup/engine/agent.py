@@ -375,6 +375,7 @@ class Agent:
             return Scanned(0, wrapped=True)
         head = self._check_reports(answer, pages)
         self._changed += head.changed
+        self._counters.scan_changed += head.changed
         if head.wrapped:
             self.volatile, self._changed = self._changed, 0
             self.domain.index.next_round(self.number)

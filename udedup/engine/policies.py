@@ -35,13 +35,16 @@ class Policy(NamedTuple):
     lends: bool = True
     """Whether hints may have the linear scan's spurts, too, while it finds less."""
 
+    rests: bool = True
+    """Whether the linear scan may make longer pauses once it finds nothing."""
+
     def spurts(self) -> Iterator[bool]:
         """For ever: whether the next spurt takes hints first."""
         return cycle([True] * self.hint_runs + [False] * self.scan_runs)
 
 
 POLICIES: Mapping[str, Callable[[int, int], Policy]] = {
-    "linear": lambda _hint_runs, _scan_runs: Policy(0, 1),
+    "linear": lambda _hint_runs, _scan_runs: Policy(0, 1, rests=False),
     "xlh": Policy,
     "eager": lambda hint_runs, scan_runs: Policy(hint_runs, scan_runs, EAGER_AHEAD_SECONDS, shares_first_read=True),
 }

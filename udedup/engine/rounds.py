@@ -131,6 +131,16 @@ class Rounds:
         return self._counters.scan_matched
 
     @property
+    def changed(self) -> int:
+        """Pages of the linear scan so far that were new, or had changed."""
+        return self._counters.scan_changed
+
+    @property
+    def joined(self) -> int:
+        """Agents so far."""
+        return self._counters.agents_joined
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
         return time.process_time() + agents_cpu_seconds(self.agents.values(), self._counters)

@@ -5,6 +5,9 @@ does. A policy says which spurts go to hints: with the ratio h:s, h spurts take 
 to the linear scan. What a hint spurt leaves over when hints run out goes to the linear scan, so the load is the same
 whatever the policy (XLH, USENIX ATC 2013).
 
+A linear scan that finds nothing any more, in memory that keeps still, makes longer pauses (calm.py), unless an advisor
+sets the rate.
+
 Without a rate limit spurts follow each other at once, until the linear scan has gone through all memory without merging
 anything: it then rests, longer each time, while hints are still served the moment they come in.
 """
@@ -16,6 +19,7 @@ import attrs
 import trio
 
 from udedup.engine.advisor import Pace
+from udedup.engine.calm import Calm
 from udedup.engine.lending import Lending
 from udedup.engine.policies import Policy
 
@@ -75,6 +79,14 @@ class Workload(Protocol):
         """Likewise, of the linear scan."""
 
     @property
+    def changed(self) -> int:
+        """Pages of the linear scan so far that were new, or had changed."""
+
+    @property
+    def joined(self) -> int:
+        """Agents so far."""
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
 
@@ -112,6 +124,7 @@ class Scheduler:
         self._debt = 0
         """Pages that hints have used ahead of time."""
         self._lending = Lending()
+        self._calm = Calm()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -166,10 +179,14 @@ class Scheduler:
         while left > 0:
             step = await self._workload.scan(left)
             self._round_visited += step.visited
-            self._lending.scan.note(step.visited, self._workload.matched_scanned)
+            matched = self._workload.matched_scanned
+            self._lending.scan.note(step.visited, matched)
+            self._calm.look(step.visited, changed=self._workload.changed, matched=matched, joined=self._workload.joined)
             left -= step.visited
             if step.rounds:
                 rounds += step.rounds
+                if self._policy.rests and self._pace.may_rest:
+                    self._calm.end_round()
                 # As in KSM, the end of a round is the end of a spurt.
                 left -= left % self._pace.pages_to_scan or self._pace.pages_to_scan
             elif step.visited == 0:
@@ -184,8 +201,9 @@ class Scheduler:
         quiet = self._quiet or not takes_hints
         most = max(1, int((QUIET_SECONDS if quiet else TOGETHER_SECONDS) / self._sleep + ROUNDING))
         any_hint = quiet or self._policy.ahead_seconds > 0
+        pauses = self._calm.factor if quiet else 1
         started = trio.current_time()
-        with trio.move_on_after(most * self._sleep):
+        with trio.move_on_after(pauses * most * self._sleep):
             await self._workload.wait_for_change(hints=takes_hints, quiet_only=not any_hint)
         slept = trio.current_time() - started
         await trio.sleep(max(0.0, self._sleep - slept))
