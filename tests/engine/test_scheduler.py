@@ -37,7 +37,7 @@ class Model:
     change_part: float = 0.0
     """Part of the linear scan's pages that are new or have changed."""
     changed: int = 0
-    joined: int = 1
+    agents_joined: int = 1
     present: bool = True
     merged: int = 0
     visited: int = 0
@@ -163,15 +163,15 @@ async def test_a_scan_that_finds_nothing_goes_on_at_a_quarter_of_the_rate(
     assert model.visited - visited == pytest.approx(1000 / 0.02 * PAGES / 4, rel=0.02)
 
 
-@pytest.mark.parametrize("sign", ["scan_yield", "change_part", "joined"])
+@pytest.mark.parametrize("sign", ["scan_yield", "change_part", "agents_joined"])
 async def test_the_scan_is_quick_again_at_the_first_sign_of_something_new(
     sign: str, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
     model = Model(round_pages=25_000)
     nursery.start_soon(run_for, 10_000.0, model, POLICIES["xlh"](1, 1), 20)
     await trio.sleep(1000)
-    if sign == "joined":
-        model.joined += 1
+    if sign == "agents_joined":
+        model.agents_joined += 1
         model.change()
         await trio.sleep(0.1)
     else:

@@ -136,8 +136,8 @@ class Rounds:
         return self._counters.scan_changed
 
     @property
-    def joined(self) -> int:
-        """Agents so far."""
+    def agents_joined(self) -> int:
+        """So far."""
         return self._counters.agents_joined
 
     @property

@@ -83,8 +83,8 @@ class Workload(Protocol):
         """Pages of the linear scan so far that were new, or had changed."""
 
     @property
-    def joined(self) -> int:
-        """Agents so far."""
+    def agents_joined(self) -> int:
+        """So far."""
 
     @property
     def cpu_seconds(self) -> float:
@@ -181,7 +181,12 @@ class Scheduler:
             self._round_visited += step.visited
             matched = self._workload.matched_scanned
             self._lending.scan.note(step.visited, matched)
-            self._calm.look(step.visited, changed=self._workload.changed, matched=matched, joined=self._workload.joined)
+            self._calm.look(
+                step.visited,
+                changed=self._workload.changed,
+                matched=matched,
+                joined=self._workload.agents_joined,
+            )
             left -= step.visited
             if step.rounds:
                 rounds += step.rounds
