@@ -32,7 +32,8 @@ class Calm:
     _joined: int = 0
 
     def look(self, visited: int, *, changed: int, matched: int, joined: int) -> None:
-        """After a step of the scan of ``visited`` pages. Totals: pages new or ``changed``, ``matched``, agents ``joined``."""
+        """After a step of the scan of ``visited`` pages. Totals: pages that were new or had ``changed``, pages that
+        ``matched``, agents that have ``joined``."""
         in_motion = (changed - self._changed) * IN_MOTION > visited
         if in_motion or matched != self._matched or joined != self._joined:
             self.factor, self._rounds = 1, 0

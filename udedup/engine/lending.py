@@ -9,7 +9,7 @@ more of the rate.
 import attrs
 
 WINDOW_PAGES = 1 << 14
-"""What was found among about so many pages of either kind looked at last counts: some seconds' at KSM's default rate."""
+"""What was found among about so many pages of either kind, looked at last, counts: some seconds' at KSM's default."""
 
 LENT = (7, 8)
 """Part of the linear scan's pages that may be lent: it never stops altogether, and is seen to pay again."""

@@ -1,8 +1,8 @@
 """How pages are chosen: the policies by name. Nothing heavy is imported here, the command line needs the names.
 
 - ``linear``: KSM's; memory is scanned in turns.
-- ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013). While more hints come than
-  that lets it serve, and the pages they name match more often than those of the scan, they get most of the scan's
+- ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013). While more hints come
+  than that lets it serve, and the pages they name match more often than those of the scan, they get most of the scan's
   spurts, too (see lending.py).
 - ``eager``: the same, but hints are served at once, out of the allowance of up to half a minute ahead, which the scan
   gives back later; and a block of an image is put into the store, and its reader merged with it, at its first read, so

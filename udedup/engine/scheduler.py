@@ -190,8 +190,7 @@ class Scheduler:
             left -= step.visited
             if step.rounds:
                 rounds += step.rounds
-                if self._policy.rests and self._pace.may_rest:
-                    self._calm.end_round()
+                self._calm.end_round()
                 # As in KSM, the end of a round is the end of a spurt.
                 left -= left % self._pace.pages_to_scan or self._pace.pages_to_scan
             elif step.visited == 0:
@@ -206,7 +205,7 @@ class Scheduler:
         quiet = self._quiet or not takes_hints
         most = max(1, int((QUIET_SECONDS if quiet else TOGETHER_SECONDS) / self._sleep + ROUNDING))
         any_hint = quiet or self._policy.ahead_seconds > 0
-        pauses = self._calm.factor if quiet else 1
+        pauses = self._calm.factor if quiet and self._policy.rests and self._pace.may_rest else 1
         started = trio.current_time()
         with trio.move_on_after(pauses * most * self._sleep):
             await self._workload.wait_for_change(hints=takes_hints, quiet_only=not any_hint)
