@@ -102,6 +102,36 @@ def test_new_content_of_merged_memory_can_be_hinted_at_once(fake: FakeEngine, pu
     assert puppet.merged() == PAGES
 
 
+def test_lone_writes_leave_memory_that_can_be_merged_again(
+    compile_c: Callable[..., Path], ledger: Ledger, fake: FakeEngine
+) -> None:
+    """Hundreds a second, as in a guest that reads one file after the other."""
+    pages, run = 320, 64
+    program = compile_c(PROGRAM, "-Inative")
+    environment = {
+        "LD_PRELOAD": str(LIBRARY),
+        "UDEDUP_SOCKET": str(fake.path),
+        "SALT": str(SALT),
+        "PAGES": str(pages),
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    puppet = Puppet(Wrapper(None, ledger).start(program, extra=environment, **pipes))
+    fake.accept()
+    fake.scan()
+    content = b"".join(page(number) for number in range(pages))
+    assert fake.segment(1, content, slots=pages, size=pages * PAGE) == 0
+    for first in range(0, pages, run):
+        assert fake.merge(puppet.address + first * PAGE, run, slot=first)[0] == ALL
+    for number in range(pages):
+        puppet.write(number * 37 % pages)
+        time.sleep(0.001)
+    maps = Path(f"/proc/{puppet.process.pid}/maps").read_text(encoding="utf-8").splitlines()
+    # The agent's own mapping of the store can't be written to.
+    assert not [line for line in maps if "udedup-store" in line and " rw-p " in line]
+    assert puppet.is_right()
+    puppet.end()
+
+
 def test_other_content_is_a_mismatch(fake: FakeEngine, puppet: Puppet) -> None:
     wrong = bytearray(CONTENT)
     for number in (0, 20, 63):
