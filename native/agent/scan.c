@@ -340,10 +340,12 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 			return;
 		}
 		span = (struct udd_span){udd_max(state->cursor, candidate->start), candidate->end};
-		state->cursor = candidate->stale ? candidate->end
-						 : look_at(state, span, candidate->file,
-							   udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies), false,
-							   ret, reports);
+		// Where merged memory is in use again, the next reading of the layout says so in time for a linear scan.
+		state->cursor = candidate->stale || candidate->merged
+					? candidate->end
+					: look_at(state, span, candidate->file,
+						  udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies), false, ret,
+						  reports);
 	}
 }
 

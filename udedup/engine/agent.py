@@ -374,6 +374,7 @@ class Agent:
             return Scanned(0, wrapped=True)
         head = self._check_reports(answer, pages)
         self._changed += head.changed
+        self._counters.scan_changed += head.changed
         if head.wrapped:
             self.volatile, self._changed = self._changed, 0
             self.domain.index.next_round(self.number)
@@ -453,6 +454,7 @@ class Agent:
         zeros = {} if self._huge.splits_always else hugepages.zeros_of(reports, count)
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_CANDIDATE)
+            self._counters.count_matched(matches.count, hinted=hinted is not None)
             matches, revisit = await self._worth_splitting(matches, zeros)
             if matches.count:
                 await self._publish_all(matches)
@@ -483,6 +485,7 @@ class Agent:
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_PARK)
             shareable = matches if share_alone else matches.without_alone(self.number)
+            self._counters.count_matched(shareable.count, hinted=hinted is not None)
             # First what the copy area still has from the look at the pages.
             for copied in (True, False):
                 await self._publish(shareable, copied=copied)

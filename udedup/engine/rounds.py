@@ -125,6 +125,26 @@ class Rounds:
         return self._counters.merged_pages
 
     @property
+    def matched_hinted(self) -> int:
+        """Hinted pages so far that were found to be elsewhere, too."""
+        return self._counters.hints_matched
+
+    @property
+    def matched_scanned(self) -> int:
+        """Likewise, of the linear scan."""
+        return self._counters.scan_matched
+
+    @property
+    def changed(self) -> int:
+        """Pages of the linear scan so far that were new, or had changed."""
+        return self._counters.scan_changed
+
+    @property
+    def agents_joined(self) -> int:
+        """So far."""
+        return self._counters.agents_joined
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
         return time.process_time() + agents_cpu_seconds(self.agents.values(), self._counters)

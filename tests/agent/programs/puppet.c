@@ -71,6 +71,10 @@ int main(void)
 		} else if (strcmp(command, "flip") == 0) {
 			at[number * PAGE + byte] ^= 1;
 			printf("ok\n");
+		} else if (strcmp(command, "map") == 0) {
+			// Some memory comes and goes.
+			check(munmap(plain(1), PAGE) == 0);
+			printf("ok\n");
 		} else if (strcmp(command, "swap") == 0) {
 			swap(number, byte);
 			printf("ok\n");
