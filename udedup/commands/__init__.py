@@ -6,7 +6,7 @@ A module's first docstring line is its help. Heavy imports happen inside ``run``
 import argparse
 from typing import Protocol
 
-from udedup.commands import clone, doctor, engine, index, mount, run, status, umount, unmerge
+from udedup.commands import clone, config, doctor, engine, index, mount, run, status, umount, unmerge
 
 
 class Command(Protocol):
@@ -31,4 +31,5 @@ COMMANDS: dict[str, Command] = {
     "status": status,
     "unmerge": unmerge,
     "doctor": doctor,
+    "config": config,
 }

@@ -41,14 +41,14 @@ class Rounds:
     """The agents, and whose turn it is."""
 
     def __init__(self, counters: Counters, hints: HintStack, *, width: int) -> None:
-        """``width``: agents scanned at a time."""
+        self.width = width
+        """Agents scanned at a time."""
         self.agents: dict[int, Agent] = {}
         """By number; kept by the server."""
         self._numbers: dict[int, set[int]] = {}
         """Of agents, by process."""
         self._counters = counters
         self._hints = hints
-        self._width = width
         self._due: list[Agent] = []
         """Agents whose memory this round has not been through yet, in turn."""
         self._scanning: set[int] = set()
@@ -229,7 +229,7 @@ class Rounds:
         """
         visited = 0
         free = sum(agent.number not in self._scanning for agent in self._due)
-        width = min(self._width, free)
+        width = min(self.width, free)
         share = min(SCAN_MAX, -(-pages // width))
         if width == 1 and (agent := self._ready()) is not None:
             return await self._step(agent, share)
