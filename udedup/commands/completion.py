@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     parser = build_parser()
     _tell_values(parser)
-    print(shtab.complete(parser, args.shell, preamble=PREAMBLE))
+    print(shtab.complete(parser, args.shell, preamble=PREAMBLE.get(args.shell, "")))
     return 0
 
 
@@ -45,7 +45,7 @@ def _tell_values(parser: argparse.ArgumentParser) -> None:
     from udedup.commands.arguments import options, positionals, subcommands
 
     for action in [*(option.action for option in options(parser)), *positionals(parser)]:
-        kind = None
+        kind: object = None
         if action.nargs == argparse.REMAINDER:
             kind = COMMAND
         elif action.metavar in DIRECTORIES:
