@@ -7,6 +7,7 @@
 #include "../common/digest.h"
 #include "../common/uffd.h"
 #include "fault.h"
+#include "hooks.h"
 #include "sys.h"
 #include "transaction.h"
 
@@ -51,6 +52,7 @@ void udd_refresh_layout(void)
 		return;
 	__atomic_store_n(&udd_live()->mapped, 0, __ATOMIC_RELAXED);
 	udd_layout_note_files(layout);
+	udd_look_for_handlers();
 	udd_worker_unlock(started);
 	udd_layout_read(layout, udd_agent.arena);
 	udd_marks_sweep(&udd_agent.marks, layout);
