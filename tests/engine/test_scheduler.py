@@ -380,3 +380,28 @@ async def test_waiting_for_agents_is_not_scan_time(
     model.change()
     await trio.sleep(1)
     assert pace.pages_to_scan == PAGES
+
+
+async def test_another_pace_counts_at_once(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """Also in the middle of a long sleep, and from no limit to one."""
+    model = Model(round_pages=10**9)
+    scheduler = Scheduler(model, Policy(1, 1), FixedPace(PAGES), sleep_millisecs=3_600_000)
+    nursery.start_soon(scheduler.run)
+    await trio.sleep(10)
+    assert model.visited == PAGES
+    scheduler.change(FixedPace(7), sleep_millisecs=1000)
+    await trio.sleep(10.5)
+    assert PAGES + 9 * 7 <= model.visited <= PAGES + 11 * 7
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_rest_ends_with_another_pace(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    model = Model(round_pages=PAGES)
+    scheduler = Scheduler(model, Policy(0, 1), FixedPace(PAGES), sleep_millisecs=0)
+    nursery.start_soon(scheduler.run)
+    await trio.sleep(30.1)
+    before = model.visited
+    scheduler.change(FixedPace(PAGES), sleep_millisecs=20)
+    await trio.sleep(3.1)
+    assert model.visited - before >= 50 * PAGES
+    nursery.cancel_scope.cancel()

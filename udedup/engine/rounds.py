@@ -44,15 +44,14 @@ class Rounds:
     """The agents, and whose turn it is."""
 
     def __init__(self, counters: Counters, hints: HintStack, *, width: int) -> None:
-        """``width``: agents scanned at a time."""
+        self.width = width
+        """Agents scanned at a time."""
         self.agents: dict[int, Agent] = {}
         """By number; kept by the server."""
         self._numbers: dict[int, set[int]] = {}
         """Of agents, by process."""
         self._counters = counters
         self._hints = hints
-        self._width = width
-        self._drain_pages = DRAIN_PAGES if width == 1 else DRAIN_PAGES_FAST
         self._due: list[Agent] = []
         """Agents whose memory this round has not been through yet, in turn."""
         self._scanning: set[int] = set()
@@ -177,7 +176,7 @@ class Rounds:
         """Takes in these agents' rings; whether something is left in them."""
         more = False
         agents = [agent for agent in agents if self._visiting[agent.number] < VISITS_MAX]
-        pages = self._drain_pages // max(1, sum(agent.area.hints.waiting for agent in agents))
+        pages = (DRAIN_PAGES if self.width == 1 else DRAIN_PAGES_FAST) // max(1, sum(agent.area.hints.waiting for agent in agents))
         for agent in agents:
             try:
                 drained = self._hints.drain(agent.number, agent.area.hints, pages=pages, arm=arm)
@@ -253,7 +252,7 @@ class Rounds:
         """
         visited = 0
         free = sum(agent.number not in self._scanning for agent in self._due)
-        width = min(self._width, free)
+        width = min(self.width, free)
         share = min(SCAN_MAX, -(-pages // width))
         if width == 1 and (agent := self._ready()) is not None:
             return await self._step(agent, share)

@@ -125,6 +125,16 @@ class Scheduler:
         """Pages that hints have used ahead of time."""
         self._lending = Lending()
         self._calm = Calm()
+        self._between = trio.CancelScope()
+        """Around what is waited for between spurts."""
+
+    def change(self, pace: Pace, *, sleep_millisecs: int) -> None:
+        """Goes by another pace from now on."""
+        self._pace, self._sleep = pace, sleep_millisecs / 1000
+        # How long the linear scan rests was decided for the pace before.
+        self._rest, self._rests_until = 0.0, 0.0
+        self._begin_round(trio.current_time())
+        self._between.cancel()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -136,10 +146,12 @@ class Scheduler:
             await self._workload.wait_for_agents()
             started = trio.current_time()
             rounds = await self._work_on(list(islice(spurts, due)))
-            if self._sleep:
-                due = await self._sleep_on()
-            else:
-                await self._pause()
+            due = 1
+            with trio.CancelScope() as self._between:
+                if self._sleep:
+                    due = await self._sleep_on()
+                else:
+                    await self._pause()
             self._round_seconds += trio.current_time() - started
             if rounds:
                 self._advise()
