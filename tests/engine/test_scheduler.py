@@ -397,7 +397,7 @@ async def test_another_pace_counts_at_once(autojump_clock: trio.testing.MockCloc
 
 async def test_a_rest_ends_with_another_pace(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
     model = Model(round_pages=PAGES)
-    scheduler = Scheduler(model, Policy(0, 1), FixedPace(PAGES), sleep_millisecs=0)
+    scheduler = Scheduler(model, Policy(0, 1, rests=False), FixedPace(PAGES), sleep_millisecs=0)
     nursery.start_soon(scheduler.run)
     await trio.sleep(30.1)
     before = model.visited

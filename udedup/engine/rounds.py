@@ -176,7 +176,8 @@ class Rounds:
         """Takes in these agents' rings; whether something is left in them."""
         more = False
         agents = [agent for agent in agents if self._visiting[agent.number] < VISITS_MAX]
-        pages = (DRAIN_PAGES if self.width == 1 else DRAIN_PAGES_FAST) // max(1, sum(agent.area.hints.waiting for agent in agents))
+        waiting = sum(agent.area.hints.waiting for agent in agents)
+        pages = (DRAIN_PAGES if self.width == 1 else DRAIN_PAGES_FAST) // max(1, waiting)
         for agent in agents:
             try:
                 drained = self._hints.drain(agent.number, agent.area.hints, pages=pages, arm=arm)
