@@ -4,6 +4,7 @@
 #define UDD_HOOKS_H
 
 #include <errno.h>
+#include <stdbool.h>
 
 #include "sys.h"
 
@@ -19,5 +20,7 @@ static inline long udd_as_errno(long ret)
 // Installs every hook of the table. Returns 0, or a negative errno if one that merging depends on could not be.
 // `missing` then names it.
 int udd_hooks_install(const char **missing);
+// One udedup_pause() or udedup_resume(); on application threads. No transaction is under way when it returns.
+void udd_hold_merging(bool pause);
 
 #endif
