@@ -1,18 +1,28 @@
 """udedup: userspace memory deduplication for Linux, guided by I/O hints.
 
-Programs that cooperate knowingly use :func:`join`, :func:`advise` and :func:`stats`; everything else is the ``udedup``
-command.
+Programs that cooperate knowingly use :func:`join`, :func:`advise`, :func:`stats` and :func:`pause`; those that watch or
+steer an engine, :func:`connect`. Everything else is the ``udedup`` command.
 """
+
+from typing import TYPE_CHECKING
 
 from udedup.errors import UdedupError
 
-__all__ = ["Stats", "UdedupError", "advise", "join", "stats"]
+if TYPE_CHECKING:
+    from udedup.api import Stats, advise, join, pause, stats
+    from udedup.client import EngineClient, connect
+
+__all__ = ["EngineClient", "Stats", "UdedupError", "advise", "connect", "join", "pause", "stats"]
 
 
 def __getattr__(name: str) -> object:
-    # cffi takes a while to import, and `udedup run` must start fast.
-    if name in {"Stats", "advise", "join", "stats"}:
+    # cffi and trio take a while to import, and `udedup run` must start fast.
+    if name in {"Stats", "advise", "join", "pause", "stats"}:
         from udedup import api
 
         return getattr(api, name)
+    if name in {"EngineClient", "connect"}:
+        from udedup import client
+
+        return getattr(client, name)
     raise AttributeError(f"module 'udedup' has no attribute {name!r}")

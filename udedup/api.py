@@ -1,11 +1,24 @@
-"""The Python API for programs that cooperate knowingly: :func:`join`, :func:`advise`, :func:`stats`.
+"""The Python API for programs that cooperate knowingly: :func:`join`, :func:`advise`, :func:`stats`, :func:`pause`.
 
 Programs wrapped by ``udedup run`` need none of it. The functions call ``libudedup.so`` through cffi in ABI mode; if the
 process was wrapped, that is the library which is loaded already.
+
+A program that holds much of what others hold, too:
+
+>>> import mmap, time, udedup
+>>> udedup.join()  # the default engine; programs started by `udedup run` have joined already
+>>> table = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+>>> with udedup.pause():  # what is merged while it is being written to would break again at once
+...     table[:] = b"".join(number.to_bytes(8, "little") * 512 for number in range(256))
+>>> udedup.advise(table)  # there is something worth looking at, now
+>>> udedup.stats().merging
+True
 """
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Protocol, cast
@@ -24,6 +37,8 @@ struct udedup_stats {
 int udedup_join(const char *socket, const char *label);
 int udedup_advise(const void *address, size_t bytes);
 int udedup_stats(struct udedup_stats *ret);
+int udedup_pause(void);
+int udedup_resume(void);
 """
 
 
@@ -33,6 +48,8 @@ class _Library(Protocol):
     def udedup_join(self, socket: object, label: object) -> int: ...
     def udedup_advise(self, address: object, size: int) -> int: ...
     def udedup_stats(self, ret: object) -> int: ...
+    def udedup_pause(self) -> int: ...
+    def udedup_resume(self) -> int: ...
 
 
 class _RawStats(Protocol):
@@ -76,7 +93,7 @@ class Stats:
     """Place hints given, so far."""
 
     merging: bool
-    """Whether pages may be merged."""
+    """Whether pages may be merged now."""
 
     reason: str
     """Why not, if not."""
@@ -143,3 +160,24 @@ def stats() -> Stats:
         merging=bool(raw.merging),
         reason=_text(ffi, raw.reason),
     )
+
+
+@contextmanager
+def pause() -> Iterator[None]:
+    """Merges nothing more of this process inside, in all its threads; what is merged stays so.
+
+    For moments that must not be held up, and for memory that is about to be written to. May be nested, and used by
+    several threads at a time: the merging goes on when the last one leaves. A child forked inside merges. In a process
+    that has not joined nothing is merged anyway.
+
+    >>> with udedup.pause():
+    ...     udedup.stats().reason
+    'the program has paused it'
+    """
+    _, library = _library()
+    paused = library.udedup_pause() == 0
+    try:
+        yield
+    finally:
+        if paused:
+            library.udedup_resume()

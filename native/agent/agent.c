@@ -323,6 +323,22 @@ int udedup_advise(const void *address, size_t bytes)
 	return 0;
 }
 
+int udedup_pause(void)
+{
+	if (!udd_live())
+		return -ENOTCONN;
+	udd_hold_merging(true);
+	return 0;
+}
+
+int udedup_resume(void)
+{
+	if (!udd_live())
+		return -ENOTCONN;
+	udd_hold_merging(false);
+	return 0;
+}
+
 int udedup_stats(struct udedup_stats *ret)
 {
 	const struct udd_stats *stats;
@@ -337,8 +353,10 @@ int udedup_stats(struct udedup_stats *ret)
 		.break_pages = stats->break_pages,
 		.break_events = stats->break_events,
 		.hints = stats->hint_count,
-		.merging = stats->merging,
+		.merging = stats->merging && !stats->paused,
 	};
 	memcpy(ret->reason, stats->reason, sizeof(ret->reason));
+	if (stats->merging && stats->paused)
+		strcpy(ret->reason, "the program has paused it");
 	return 0;
 }

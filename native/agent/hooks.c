@@ -163,6 +163,21 @@ static void leave_exclusive(void)
 		restore_signals(blocked_before);
 }
 
+// Shared is enough to keep the worker out, and the shared area where it is.
+void udd_hold_merging(bool pause)
+{
+	uint64_t *paused;
+	uint64_t before;
+
+	enter();
+	paused = &udd_live()->stats->paused;
+	before = __atomic_load_n(paused, __ATOMIC_RELAXED);
+	while ((pause || before) && !__atomic_compare_exchange_n(paused, &before, pause ? before + 1 : before - 1, true,
+								 __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+		;
+	leave();
+}
+
 static void note_change(struct udd_span span, enum udd_stale_kind kind)
 {
 	udd_files_changed(span);

@@ -680,6 +680,12 @@ static bool staging_take(struct transaction *tx, unsigned pages)
 	return true;
 }
 
+// Asked under the lock at every step: whoever learns of an unannounced removal, and udedup_pause(), say so under the lock.
+static bool may_merge(void)
+{
+	return udd_live()->merging && !__atomic_load_n(&udd_live()->stats->paused, __ATOMIC_RELAXED);
+}
+
 // Splits [0, run->pages) into stretches that are alike: held off, merged already, candidates, or nothing of ours.
 static void merge_locked(struct transaction *tx, const struct udd_run *run, int segment, uint64_t now,
 			 struct udd_merge_result *ret)
@@ -692,8 +698,7 @@ static void merge_locked(struct transaction *tx, const struct udd_run *run, int 
 		const struct udd_candidate *candidate = udd_layout_find(&udd_agent.layout, address);
 		unsigned to = run->pages;
 
-		// Checked under the lock, at every step: whoever learns of an unannounced removal clears it under the lock.
-		if (!udd_live()->merging) {
+		if (!may_merge()) {
 			ret->gone |= bits(from, to);
 			return;
 		}
@@ -794,7 +799,7 @@ uint64_t udd_merge_zero(struct udd_span span)
 	if (!staging_take(&tx, pages) || !udd_worker_lock(&started))
 		return 0;
 	candidate = udd_layout_find(&udd_agent.layout, span.start);
-	if (udd_live()->merging && candidate && !candidate->stale && !candidate->file && candidate->start <= span.start && span.end <= candidate->end &&
+	if (may_merge() && candidate && !candidate->stale && !candidate->file && candidate->start <= span.start && span.end <= candidate->end &&
 	    !udd_merged_in(span) && !udd_uffd_register(span, UFFDIO_REGISTER_MODE_MISSING)) {
 		freeze(&tx, 0, pages);
 		udd_test_step();

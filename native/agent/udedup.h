@@ -21,7 +21,7 @@ struct udedup_stats {
 	uint64_t break_pages;   // merged pages that were written to, so far
 	uint64_t break_events;  // write faults that took
 	uint64_t hints;         // place hints given, so far
-	uint64_t merging;       // 1 while pages may be merged
+	uint64_t merging;       // 1 while pages may be merged, and are not paused
 	char reason[128];       // why not, if not
 };
 
@@ -32,6 +32,12 @@ UDEDUP_API int udedup_join(const char *socket, const char *label);
 
 // Hints that the whole pages inside [address, address + bytes) have just got content worth merging.
 UDEDUP_API int udedup_advise(const void *address, size_t bytes);
+
+// Merges nothing more in this process until udedup_resume(); what is merged stays so. When it returns, no merge is under way.
+// Calls count: as many udedup_resume() as udedup_pause() let the merging go on, and one more does nothing. A fork child starts
+// unpaused. -ENOTCONN: this process has not joined, and nothing is merged anyway.
+UDEDUP_API int udedup_pause(void);
+UDEDUP_API int udedup_resume(void);
 
 UDEDUP_API int udedup_stats(struct udedup_stats *ret);
 

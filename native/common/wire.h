@@ -259,6 +259,7 @@ struct udd_stats {
 	uint64_t drops_lost;     // drop records that found the ring full, and counts cut short: the engine must ask UDD_RUNS again
 	uint64_t lock_max_ns;    // longest exclusive hold of the map lock by the worker
 	char reason[UDD_REASON_MAX]; // why merging is 0
+	uint64_t paused;             // how many udedup_pause() await their udedup_resume(): 0 while transactions are allowed
 };
 
 enum udd_hint_flags {

@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).parent / "programs" / "api.c"
 pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
 
 
-@pytest.mark.parametrize("case", ["joins", "no-engine", "refused", "bad-arguments"])
+@pytest.mark.parametrize("case", ["joins", "no-engine", "refused", "bad-arguments", "pauses", "pauses-among-threads"])
 def test_c(bare: Wrapper, compile_c: Callable[..., Path], shared_engine: Engine, tmp_path: Path, case: str) -> None:
     program = compile_c(PROGRAM, "-Inative", "-pthread", str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}")
     socket = tmp_path / "nobody" if case == "no-engine" else shared_engine.socket
@@ -100,3 +100,49 @@ def test_digest_is_xxh3_128(compile_c: Callable[..., Path], tmp_path: Path) -> N
     done = subprocess.run([str(program)], input=b"".join(pages), capture_output=True, check=True, timeout=30)
     ways = 3 if "avx2" in Path("/proc/cpuinfo").read_text().split() else 2
     assert done.stdout.decode().split() == [xxhash.xxh3_128_hexdigest(page) for page in pages for _ in range(ways)]
+
+
+def test_python_pauses(shared_engine: Engine) -> None:
+    done = run_python(
+        """
+import sys, udedup
+with udedup.pause():
+    udedup.join(sys.argv[1])
+assert udedup.stats().merging
+try:
+    with udedup.pause(), udedup.pause():
+        assert not udedup.stats().merging
+        raise KeyError
+except KeyError:
+    assert udedup.stats().merging
+print("fine")
+""",
+        shared_engine.socket,
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+def test_the_engine_knows_that_a_program_paused(shared_engine: Engine) -> None:
+    text = "import sys, udedup\nudedup.join(sys.argv[1])\nwith udedup.pause():\n    print(flush=True)\n    input()"
+    command = [sys.executable, "-c", text, str(shared_engine.socket)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (agent,) = [agent for agent in shared_engine.status()["agents"] if agent["pid"] == process.pid]
+        process.communicate("\n")
+    assert (agent["merging"], agent["paused"], agent["reason"]) == (False, False, "the program has paused it")
+
+
+def test_examples_of_the_documentation(shared_engine: Engine) -> None:
+    """Those of udedup.api, in a process of their own: joining is for life."""
+    done = run_python(
+        """
+import doctest, os, sys
+os.environ["UDEDUP_SOCKET"] = sys.argv[1]
+import udedup.api
+failed, tried = doctest.testmod(udedup.api, extraglobs={"udedup": udedup})
+print(failed, tried)
+""",
+        shared_engine.socket,
+    )
+    assert (done.returncode, done.stdout) == (0, "0 7\n"), done.stdout + done.stderr

@@ -149,6 +149,10 @@ class HintStatus(msgspec.Struct, frozen=True):
     dropped: int
     visited: int
     merged: int
+    waiting: int
+    """Pages on the hint stack now."""
+    slots: int
+    """Pages it has room for."""
 
 
 class MergeStatus(msgspec.Struct, frozen=True):
@@ -274,6 +278,15 @@ class AgentStatus(msgspec.Struct, frozen=True):
     merging: bool
     reason: str
     """Why not merging; empty if it is."""
+    paused: bool
+    """Left alone on request (``unmerge``, ``pause``), until ``merge``."""
+    break_pages: int
+    break_events: int
+    """Its merged pages written to, and the write faults that took, so far."""
+    hints: int
+    """Place hints it gave, so far."""
+    cpu_seconds: float
+    """CPU time of its agent's threads, s."""
 
 
 class BlockStatus(msgspec.Struct, frozen=True):
@@ -293,11 +306,28 @@ class ImageStatus(msgspec.Struct, frozen=True):
     """In QEMU's words."""
     size: int
     """Bytes."""
+    blocks_read: int
+    """By programs, through the mount."""
+    blocks_served: int
+    """Of them, out of the store."""
+
+
+class LimitStatus(msgspec.Struct, frozen=True):
+    """What the work may take."""
+
+    sleep_millisecs: int
+    """Between two spurts of ``pages_to_scan`` pages, ms; 0: no limit on the rate."""
+    cpu_percent: float | None
+    """Of one processor, for engine and agents together; None: no limit."""
 
 
 class Status(msgspec.Struct, frozen=True):
     """The answer to ``status``; pages of 4 KiB unless the name says otherwise. KSM's words where it has one."""
 
+    pid: int
+    """The engine's."""
+    uptime_seconds: float
+    """Since the engine's start."""
     socket: str
     mount: str | None
     policy: str
@@ -315,6 +345,7 @@ class Status(msgspec.Struct, frozen=True):
     full_scans: int
     pages_to_scan: int
     """Of the next spurt; an advisor changes it."""
+    limits: LimitStatus
     zero_pages: int
     bytes_saved: int
     general_profit: int

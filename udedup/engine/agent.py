@@ -249,7 +249,17 @@ class Agent:
     @property
     def merging(self) -> bool:
         """Whether merges can be asked of it now."""
-        return not self.paused and bool(self.area.stats.merging)
+        stats = self.area.stats
+        return not self.paused and bool(stats.merging) and not stats.paused
+
+    @property
+    def reason(self) -> str:
+        """Why they can't; empty if they can."""
+        if self.merging:
+            return ""
+        if self.paused:
+            return self.paused
+        return "the program has paused it" if self.area.stats.merging else self.area.reason
 
     @property
     def least_run(self) -> int:

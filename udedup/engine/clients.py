@@ -83,8 +83,15 @@ class UnmergeRequest(msgspec.Struct, tag_field="op", tag="unmerge", frozen=True)
     """null: all processes."""
 
 
+class PauseRequest(msgspec.Struct, tag_field="op", tag="pause", frozen=True):
+    """No further merging; what is merged stays so."""
+
+    pid: int | None = None
+    """null: all processes."""
+
+
 class MergeRequest(msgspec.Struct, tag_field="op", tag="merge", frozen=True):
-    """Undoes an earlier "unmerge": they take part again."""
+    """Undoes an earlier "unmerge" or "pause": they take part again."""
 
     pid: int | None = None
     """null: all processes."""
@@ -104,6 +111,7 @@ Request = (
     | ClonesRequest
     | CloneChangeRequest
     | UnmergeRequest
+    | PauseRequest
     | MergeRequest
     | CheckDomainRequest
 )

@@ -1,5 +1,7 @@
 """The control protocol, and its blocking client. Standard library only, so that commands start fast.
 
+``udedup.client`` is the client for trio programs: the same protocol, by the same functions.
+
 A client connects to the engine's socket (SOCK_SEQPACKET) and sends one JSON object as one packet:
 
 - ``{"op": "status", "kernel": true}``: see ``udedup.engine.accounting.Status``; ``kernel`` false leaves out the
@@ -14,6 +16,7 @@ A client connects to the engine's socket (SOCK_SEQPACKET) and sends one JSON obj
   mount (its base's, nothing), or the error
 - ``{"op": "unmerge", "pid": 123}`` (null: all): how many pages are private again; these processes are left alone from
   then on
+- ``{"op": "pause", "pid": 123}`` (null: all): likewise left alone, but what is merged stays so; how many processes
 - ``{"op": "merge", "pid": 123}`` (null: all): how many processes are no longer left alone
 - ``{"op": "check_domain", "label": "x"}``: true, or the error
 
@@ -46,11 +49,7 @@ ANSWER_SECONDS: Final = 330.0
 
 def request(path: Path, message: Mapping[str, object], *, seconds: float | None = ANSWER_SECONDS) -> Any:
     """Asks the engine at ``path`` and returns ``result``, after ``seconds`` at most. Raises UdedupError."""
-    packet = json.dumps(message).encode()
-    if len(packet) > REQUEST_BYTES_MAX:
-        raise UdedupError(
-            f"the request has {len(packet)} bytes, the engine takes {REQUEST_BYTES_MAX}: ask for less at a time"
-        )
+    packet = check_size(json.dumps(message).encode())
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(seconds)
         try:
@@ -59,11 +58,11 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float | None 
             answer = json.loads(_receive(sock))
             good = answer["ok"]
         except TimeoutError:
-            raise UdedupError(f"the engine at {path} did not answer within {seconds:g} s") from None
+            raise UdedupError(explain_silence(path, seconds or ANSWER_SECONDS)) from None
         except OSError as error:
-            raise UdedupError(_explain(path, error)) from None
+            raise UdedupError(explain(path, error)) from None
         except (ValueError, TypeError, KeyError):
-            raise UdedupError(f"what listens at {path} does not answer like an engine of this version") from None
+            raise UdedupError(explain_nonsense(path)) from None
     if not good:
         raise UdedupError(answer["error"])
     return answer["result"]
@@ -85,17 +84,52 @@ def _connect(sock: socket.socket, path: Path, seconds: float) -> None:
 
 
 def _receive(sock: socket.socket) -> bytes:
-    parts = []
-    while True:
-        packet = sock.recv(CHUNK_BYTES)
+    assembly = Assembly()
+    while not assembly.add(sock.recv(CHUNK_BYTES)):
+        pass
+    return assembly.answer
+
+
+class Assembly:
+    """Puts an answer together from its packets."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def add(self, packet: bytes) -> bool:
+        """Takes the next packet; True: it was the last one. Raises ConnectionResetError if there is none."""
         if not packet:
             raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
-        parts.append(packet[1:])
-        if packet[:1] == LAST:
-            return b"".join(parts)
+        self._parts.append(packet[1:])
+        return packet[:1] == LAST
+
+    @property
+    def answer(self) -> bytes:
+        """JSON."""
+        return b"".join(self._parts)
 
 
-def _explain(path: Path, error: OSError) -> str:
+def check_size(packet: bytes) -> bytes:
+    """Returns a request. Raises UdedupError if it is too long."""
+    if len(packet) > REQUEST_BYTES_MAX:
+        raise UdedupError(
+            f"the request has {len(packet)} bytes, the engine takes {REQUEST_BYTES_MAX}: ask for less at a time"
+        )
+    return packet
+
+
+def explain_silence(path: Path, seconds: float) -> str:
+    """Says that no answer came."""
+    return f"the engine at {path} did not answer within {seconds:g} s"
+
+
+def explain_nonsense(path: Path) -> str:
+    """Says that what came is no answer."""
+    return f"what listens at {path} does not answer like an engine of this version"
+
+
+def explain(path: Path, error: OSError) -> str:
+    """Says why the engine can't be talked to, and what to do."""
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
         return f"no engine listens at {path}: start one with `udedup engine`, or name its socket with --socket"
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -1,5 +1,6 @@
 """Makes the ``status`` answer out of counters, agents, stores and what the kernel says."""
 
+import os
 import time
 from collections.abc import Collection
 
@@ -16,6 +17,7 @@ from udedup.engine.accounting import (
     IndexStatus,
     KernelStatus,
     LeadTimeStatus,
+    LimitStatus,
     MemoryStatus,
     MergeStatus,
     PressureStatus,
@@ -25,6 +27,7 @@ from udedup.engine.accounting import (
 from udedup.engine.agent import Agent, agents_cpu_seconds
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import Domain
+from udedup.engine.hints import HintStack
 from udedup.engine.kernel import KernelView, read_smaps
 from udedup.engine.pressure import Level, PressureState
 from udedup.engine.wire import SHARED_BYTES
@@ -43,7 +46,12 @@ def agent_status(agent: Agent) -> AgentStatus:
         runs=stats.runs,
         vmas=stats.vmas,
         merging=agent.merging,
-        reason="" if agent.merging else agent.paused or agent.area.reason,
+        reason=agent.reason,
+        paused=bool(agent.paused),
+        break_pages=stats.break_pages,
+        break_events=stats.break_events,
+        hints=stats.hint_count,
+        cpu_seconds=stats.cpu_ns / 1e9,
     )
 
 
@@ -63,8 +71,10 @@ def status(
     *,
     config: EngineConfig,
     counters: Counters,
+    uptime: float,
     pages_to_scan: int,
-    overwritten: int,
+    hints: HintStack,
+    everything: bool,
     pressure: PressureState | None,
     agents: list[Agent],
     domains: Collection[Domain],
@@ -73,8 +83,8 @@ def status(
 ) -> Status:
     """Everything about these agents and domains.
 
-    ``pages_to_scan``: of the next spurt; ``overwritten``: hinted pages that fell off the stack; ``pressure``: None if
-    it isn't watched.
+    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``everything``: the asker may know what the
+    hint stack holds of all; ``pressure``: None if it isn't watched.
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -91,6 +101,8 @@ def status(
     )
     lead = counters.lead_times
     return Status(
+        pid=os.getpid(),
+        uptime_seconds=uptime,
         socket=str(config.socket),
         mount=None if config.mount is None else str(config.mount),
         policy=config.policy,
@@ -102,15 +114,21 @@ def status(
         pages_skipped=counters.pages_skipped,
         full_scans=counters.full_scans,
         pages_to_scan=pages_to_scan,
+        limits=LimitStatus(
+            sleep_millisecs=config.sleep_millisecs,
+            cpu_percent=None if config.advisor is None else config.advisor.max_cpu,
+        ),
         zero_pages=zero,
         bytes_saved=saved,
         general_profit=saved - memory.engine - memory.agents,
         hints=HintStatus(
             place=counters.hints_place,
             content=counters.hints_content,
-            dropped=counters.hints_dropped + overwritten,
+            dropped=counters.hints_dropped + (hints.overwritten if everything else 0),
             visited=counters.hints_visited,
             merged=counters.hints_merged,
+            waiting=len(hints) if everything else 0,
+            slots=config.hint_slots,
         ),
         merges=MergeStatus(
             pages=counters.merged_pages,

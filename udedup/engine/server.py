@@ -12,6 +12,7 @@ import os
 import resource
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
@@ -32,6 +33,7 @@ from udedup.engine.clients import (
     ClonesRequest,
     MergeRequest,
     MountRequest,
+    PauseRequest,
     Request,
     StatusRequest,
     UmountRequest,
@@ -102,6 +104,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self._started = time.monotonic()
         self.counters = Counters()
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
@@ -372,6 +375,11 @@ class Engine:
                 return await self._clone(request)
             case UnmergeRequest(pid=pid):
                 return await self._unmerge(self._chosen(pid, peer))
+            case PauseRequest(pid=pid):
+                chosen = self._chosen(pid, peer)
+                for agent in chosen:
+                    agent.paused = agent.paused or "paused on request"
+                return len(chosen)
             case MergeRequest(pid=pid):
                 chosen = self._chosen(pid, peer)
                 for agent in chosen:
@@ -397,13 +405,22 @@ class Engine:
         return report.status(
             config=self.config,
             counters=self.counters if everything else Counters(),
+            uptime=time.monotonic() - self._started,
             pages_to_scan=self.pace.pages_to_scan,
-            overwritten=self.hints.overwritten if everything else 0,
+            hints=self.hints,
+            everything=everything,
             pressure=self.pressure if self.pressure_files else None,
             agents=agents,
             domains=self.domains if everything else {agent.domain for agent in agents},
             images=[
-                ImageStatus(name=image.name, path=str(image.path), format=image.format, size=image.size)
+                ImageStatus(
+                    name=image.name,
+                    path=str(image.path),
+                    format=image.format,
+                    size=image.size,
+                    blocks_read=image.blocks_read,
+                    blocks_served=image.watch.served,
+                )
                 for image in (self.images or () if everything else ())
             ],
             kernel=view,
@@ -548,6 +565,7 @@ class Engine:
         A page fault comes with no place hint: where the reader has the image mapped is known.
         """
         self.counters.hints_content += blocks
+        image.blocks_read += blocks
         self.rounds.image_read(pid, image.inode, first_block, blocks)
 
     # ---- the end ----

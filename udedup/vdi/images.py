@@ -84,6 +84,8 @@ class Image:
         """Read since this was last set to False."""
         self.generation = 0
         """How often the digests have been dropped."""
+        self.blocks_read = 0
+        """Through the mount, by programs."""
         self.direct_opens = 0
         """How many of the open files pass by the mount's page cache."""
         self.openers: Counter[int] = Counter()

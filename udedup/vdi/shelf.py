@@ -24,6 +24,8 @@ class Watch:
     def __init__(self, descriptors: Sequence[int], settle_seconds: float = SETTLE_SECONDS) -> None:
         self.shelves: WeakSet[Shelf] = WeakSet()
         """That rely on it."""
+        self.served = 0
+        """Blocks that readers were given off them."""
         self.handle = ffi.gc(
             lib.udd_watch_create(list(descriptors), len(descriptors), int(settle_seconds * 1e9)), lib.udd_watch_destroy
         )
@@ -104,11 +106,15 @@ class Shelf:
             return None
         taken = self._taken
         if not gaps:
-            self._counters.served += -(-size // lib.UDD_PAGE_SIZE)
+            self._count_served(-(-size // lib.UDD_PAGE_SIZE))
             return Taken(taken.epoch, memoryview(ffi.buffer(taken.data, size)))
         left = tuple((taken.gaps[i].start, taken.gaps[i].end) for i in range(gaps))
-        self._counters.served += (size - sum(end - start for start, end in left)) // lib.UDD_PAGE_SIZE
+        self._count_served((size - sum(end - start for start, end in left)) // lib.UDD_PAGE_SIZE)
         return Taken(taken.epoch, None, left)
+
+    def _count_served(self, blocks: int) -> None:
+        self._counters.served += blocks
+        self._watch.served += blocks
 
     def there(self, first: int, count: int) -> int:
         """A bit for each of the blocks [first, first + count) that is there."""

@@ -66,6 +66,79 @@ static void joins_among_threads(void)
 		check(pthread_join(threads[i], NULL) == 0);
 }
 
+// How many of two equal areas' pages merge within so many milliseconds; less if it is all of them. `tag`: not used before.
+static size_t merged_within(unsigned ms, uint64_t tag)
+{
+	char *at = plain(PAGES);
+	char *other = plain(PAGES);
+	size_t ret = 0;
+
+	fill(at, PAGES, tag, WHOLE, 0);
+	fill(other, PAGES, tag, WHOLE, 1);
+	for (unsigned waited = 0; waited < ms && ret < 2 * PAGES; waited += 10) {
+		advise(at, PAGES * PAGE);
+		advise(other, PAGES * PAGE);
+		usleep(10000);
+		ret = count_merged(at, PAGES) + count_merged(other, PAGES);
+	}
+	check(intact(at, PAGES, tag, WHOLE, 0) && intact(other, PAGES, tag, WHOLE, 1));
+	return ret;
+}
+
+static void pauses(void)
+{
+	struct udedup_stats now;
+	int status;
+	pid_t child;
+
+	check(udedup_pause() == -ENOTCONN && udedup_resume() == -ENOTCONN);
+	check(udedup_join(engine, NULL) == 0);
+	check(udedup_resume() == 0); // once too often: nothing
+	check(udedup_pause() == 0 && udedup_pause() == 0);
+	check(udedup_stats(&now) == 0 && now.merging == 0 && strcmp(now.reason, "the program has paused it") == 0);
+	check(merged_within(500, 1) == 0);
+	check(udedup_resume() == 0);
+	check(udedup_stats(&now) == 0 && now.merging == 0);
+	check(merged_within(100, 2) == 0);
+	child = fork();
+	if (child == 0) {
+		check(udedup_join(engine, NULL) == 0);
+		check(udedup_stats(&now) == 0 && now.merging == 1);
+		check(merged_within(1000 * PATIENCE_SECONDS, 3) == 2 * PAGES);
+		check(udedup_resume() == 0);
+		_exit(0);
+	}
+	check(waitpid(child, &status, 0) == child && status == 0);
+	check(udedup_stats(&now) == 0 && now.merging == 0);
+	check(udedup_resume() == 0);
+	check(udedup_stats(&now) == 0 && now.merging == 1 && now.reason[0] == '\0');
+	check(merged_within(1000 * PATIENCE_SECONDS, 4) == 2 * PAGES);
+}
+
+static void *pauses_often(void *unused)
+{
+	(void)unused;
+	for (int i = 0; i < 2000; i++)
+		check(udedup_pause() == 0 && udedup_resume() == 0);
+	return NULL;
+}
+
+// However they meet, the last one out lets the merging go on.
+static void pauses_among_threads(void)
+{
+	struct udedup_stats now;
+	pthread_t threads[4];
+
+	check(udedup_join(engine, NULL) == 0);
+	for (int i = 0; i < 4; i++)
+		check(pthread_create(&threads[i], NULL, pauses_often, NULL) == 0);
+	check(intact(merged(PAGES, 1, WHOLE, NULL), PAGES, 1, WHOLE, 0));
+	for (int i = 0; i < 4; i++)
+		check(pthread_join(threads[i], NULL) == 0);
+	check(udedup_stats(&now) == 0 && now.merging == 1);
+	check(intact(merged(PAGES, 2, WHOLE, NULL), PAGES, 2, WHOLE, 0));
+}
+
 static void no_engine(void)
 {
 	struct udedup_stats now;
@@ -99,6 +172,7 @@ static void bad_arguments(void)
 
 static const struct test_case cases[] = {
 	{"joins", joins},         {"joins-among-threads", joins_among_threads}, {"no-engine", no_engine},
+	{"pauses", pauses},       {"pauses-among-threads", pauses_among_threads},
 	{"refused", refused},     {"bad-arguments", bad_arguments},
 };
 
