@@ -25,6 +25,10 @@ enum {
 // Maps an agent's shared area (UDD_SHARED_BYTES). NULL if there is no memory for it. The descriptor is not needed any more.
 void *udd_area_map(int descriptor);
 void udd_area_unmap(void *area);
+// How much of it is in memory, bytes.
+size_t udd_area_resident(void *area);
+// Gives back the memory of the copies, which read as zeros then. 0 or a negative errno.
+int udd_area_drop_copies(void *area);
 // Gives what malloc() keeps for later back to the system.
 void udd_memory_trim(void);
 

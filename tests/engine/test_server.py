@@ -388,7 +388,7 @@ async def test_hinted_pages_merge_without_waiting_for_the_scan(start: Start, wri
     second.hint(0x100000000 + last, 10 * PAGE, written=written)
     await engine.until(lambda: len(first.placed) == len(second.placed) == 10, "hinted pages merged")
     status = await engine.status()
-    assert status["hints"] == {"place": 2, "content": 0, "dropped": 0, "visited": 20, "merged": 10}
+    assert status["hints"].items() >= {"place": 2, "content": 0, "dropped": 0, "visited": 20, "merged": 10}.items()
     assert 0 < status["lead_time_seconds"]["p50"] < 5
 
 
@@ -973,6 +973,23 @@ async def marks_merging(agent: FakeAgent) -> bool:
 
 
 # ---- when memory is short ----
+
+
+async def test_copies_give_their_memory_back(start: Start) -> None:
+    """What agents copy to be shared needs up to 8 MiB of each shared area, for a moment only."""
+    engine = await start(retire_seconds=0.2)
+    first, second = await pair(engine, 2000)
+
+    async def small() -> bool:
+        return bool((await engine.status())["memory"]["agents"] < 2 * lib.UDD_SHARED_COPY)
+
+    await engine.until(small, "memory given back")
+    assert (await engine.status())["memory"]["agents"] > 0
+    # The next copies take it anew, and what comes to the store is right: the digests are compared there.
+    more = await engine.join(FakeAgent(engine.path, memory(500, base=3 * BASE, first=10_000)))
+    other = await engine.join(FakeAgent(engine.path, memory(500, base=4 * BASE, first=10_000)))
+    await merge_all(engine, first, second, more, other)
+    await engine.until(small, "memory given back again")
 
 
 async def test_store_that_can_t_grow(start: Start, warnings: Warnings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,18 @@ class SharedArea:
         self.copies = base + lib.UDD_SHARED_COPY
 
     @property
+    def resident_bytes(self) -> int:
+        """How much of it is in memory."""
+        resident: int = lib.udd_area_resident(self._memory)
+        return resident
+
+    def drop_copies(self) -> None:
+        """Gives back the memory of the copies, which nobody may need any more. Raises AgentError."""
+        error = lib.udd_area_drop_copies(self._memory)
+        if error:
+            raise AgentError(f"the memory of its shared area can't be given back: {os.strerror(-error)}")
+
+    @property
     def reason(self) -> str:
         """Why the agent does not merge, in its own words."""
         raw = bytes(ffi.buffer(self.stats.reason)).split(b"\0", 1)[0].decode(errors="replace")
@@ -231,6 +243,8 @@ class Agent:
         self._distrusted: set[int] = set()
         """Inodes of images that have changed, which it does not know yet."""
         self._working = False
+        self._copies_due = False
+        """Whether the memory of its copies is to be given back as soon as no job needs them."""
         # One that comes back may still have a ring to pass on that the engine before had asked for.
         self._arms = int(bool(hello.flags & lib.UDD_HELLO_REJOIN))
         self._jobs, self._todo = trio.open_memory_channel[Job](QUEUE_JOBS)
@@ -352,8 +366,16 @@ class Agent:
                         raise
                     self._uncounted = True
                 self._working = False
+                if self._copies_due:
+                    self.drop_copies()
         finally:
             self._abandon_jobs()
+
+    def drop_copies(self) -> None:
+        """Gives back the memory of what it has copied, now or after the job under way. Raises AgentError."""
+        self._copies_due = self._working
+        if not self._working:
+            self.area.drop_copies()
 
     def tend(self) -> None:
         """Takes in dropped references while nothing is under way. Raises AgentError."""

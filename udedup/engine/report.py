@@ -30,7 +30,6 @@ from udedup.engine.domain import Domain
 from udedup.engine.hints import HintStack
 from udedup.engine.kernel import KernelView, read_smaps
 from udedup.engine.pressure import Level, PressureState
-from udedup.engine.wire import SHARED_BYTES
 
 
 def agent_status(agent: Agent) -> AgentStatus:
@@ -96,7 +95,7 @@ def status(
     engine = read_smaps(None) if kernel is None else kernel.engine
     memory = MemoryStatus(
         engine=engine.pss - engine.store_pss,
-        agents=sum(agent.area.stats.memory_bytes + SHARED_BYTES for agent in agents),
+        agents=sum(agent.area.stats.memory_bytes + agent.area.resident_bytes for agent in agents),
         managed=sum(agent.area.stats.managed_pages for agent in agents) * PAGE,
     )
     lead = counters.lead_times

@@ -12,6 +12,7 @@ from udedup.engine.compaction import PATIENCE, Compaction
 from udedup.engine.domain import Domain
 from udedup.engine.pressure import Level, PressureState
 from udedup.engine.shortage import Shortage
+from udedup.engine.wire import AgentError
 
 
 class Household(Protocol):
@@ -31,7 +32,7 @@ class Household(Protocol):
 
 
 class Retirement:
-    """One look every few seconds; all the work is jobs of agents."""
+    """One look every few seconds; all the work is jobs of agents. On the way agents' copies give back their memory."""
 
     def __init__(self, household: Household, seconds: float) -> None:
         self._household = household
@@ -59,6 +60,13 @@ class Retirement:
             for agent in agents:
                 if agent.has_stale_segments:
                     agent.submit(agent.forget_segments)
+                self._drop_copies(agent)
+
+    def _drop_copies(self, agent: Agent) -> None:
+        try:
+            agent.drop_copies()
+        except AgentError as error:
+            agent.fail(error)
 
     def _retire(self, domain: Domain, agents: Collection[Agent]) -> None:
         now = trio.current_time()
