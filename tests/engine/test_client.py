@@ -166,6 +166,7 @@ class Server:
         """One connection; takes a request for each answer, of several packets."""
         await trio.lowlevel.wait_readable(self.sock)
         client, _ = self.sock.accept()
+        client.setblocking(False)
         with client:
             for packets in answers:
                 if not await receive_packet(client, 65536):
