@@ -120,8 +120,10 @@ def ignore_hint(image: Image, first: int, blocks: int, pid: int) -> None:
     """Takes content hints and does nothing with them."""
 
 
-async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str, dict[str, float | str]]:
-    """Measures all loads on disks of ``size`` bytes below ``directory``."""
+async def run(
+    directory: Path, size: int, seconds: int, rounds: int, loads: list[Load]
+) -> dict[str, dict[str, float | str]]:
+    """Measures ``loads`` on disks of ``size`` bytes below ``directory``."""
     base, mountpoint = directory / "base.raw", directory / "mount"
     mountpoint.mkdir()
     with base.open("wb") as file:
@@ -133,7 +135,7 @@ async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str
     async with trio.open_nursery() as nursery:
         await nursery.start(serve, mountpoint, images, ignore_hint)
         for number in range(rounds):
-            for load in LOADS:
+            for load in loads:
                 for what in random.Random(f"{load.name} {number}").sample(["daemon", "clone"], 2):
                     if what == "clone":
                         async with cloned(images, directory, base) as path:
@@ -145,7 +147,7 @@ async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str
                         store.discard(record)
                     figures[load.name, what].append(figure)
         nursery.cancel_scope.cancel()
-    return {load.name: summary(load, figures) for load in LOADS}
+    return {load.name: summary(load, figures) for load in loads}
 
 
 def summary(load: Load, figures: dict[tuple[str, str], list[float]]) -> dict[str, float | str]:
@@ -164,9 +166,16 @@ def main() -> int:
     parser.add_argument("--mebibytes", type=int, default=256, help="size of the disk (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=3, help="length of each random load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    by_name = {load.name: load for load in LOADS}
+    parser.add_argument("load", nargs="*", help=f"which to run (default: all): {', '.join(by_name)}")
     arguments = parser.parse_args()
+    for name in arguments.load:
+        if name not in by_name:
+            parser.error(f"no load is called {name}: choose from {', '.join(by_name)}")
+    loads = [by_name[name] for name in arguments.load or by_name]
     with tempfile.TemporaryDirectory(prefix="udedup-bench-") as directory:
-        results = trio.run(run, Path(directory), arguments.mebibytes << 20, arguments.seconds, arguments.rounds)
+        size = arguments.mebibytes << 20
+        results = trio.run(run, Path(directory), size, arguments.seconds, arguments.rounds, loads)
     print(json.dumps(results, indent=2))
     return 0
 

@@ -1,13 +1,16 @@
 """A clone as the mount shows it: a disk that can be written, above a base that it shares with others.
 
-What it does not have itself is read from the base, by the base's own map. Its writes go to the overlay, one at a time
-and in worker threads: the kernel, too, sends those to one file one after the other.
+What it does not have itself is read from the base, by the base's own map. Its writes go to the overlay, one at a time:
+the kernel, too, sends those to one file one after the other. What takes nothing but giving the data to the kernel is
+done in the loop, and goes on during a sync; all else in worker threads.
 """
 
 import errno
 import logging
+import math
 import os
 import stat
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +27,28 @@ from udedup.vdi.images import Image
 log = logging.getLogger(__name__)
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SLOW_SECONDS: Final = 0.002
+REST: Final = 50
+"""Times as long as a slow write has taken, others go to worker threads."""
+
+
+class Quickness:
+    """Whether writes take no time worth speaking of; while they do, the loop must not be held up by them.
+
+    The kernel makes who writes wait when too much is not yet on the disk, and doesn't tell before.
+    """
+
+    def __init__(self) -> None:
+        self._doubtful_until = -math.inf
+
+    def usual(self, now: float) -> bool:
+        """Whether the loop may write, at second ``now`` of any clock."""
+        return now >= self._doubtful_until
+
+    def took(self, began: float, seconds: float) -> None:
+        """It has: from ``began`` on, for so long. Slow ones take a part of REST of its time at most."""
+        if seconds > SLOW_SECONDS:
+            self._doubtful_until = began + REST * seconds
 
 
 class Clone(Image):
@@ -33,6 +58,7 @@ class Clone(Image):
         assert isinstance(opened.layer, Overlay)
         self._overlay = opened.layer
         self._turn = trio.Lock()
+        self._quickness = Quickness()
         self._changing = 0, 0
         """Bytes [start, end) that are being written: old, new or a mixture."""
         super().__init__(name, path, inode, opened)
@@ -81,8 +107,20 @@ class Clone(Image):
         if whole and not any(data[:16]) and data == bytes(len(data)):
             await self.zero(offset, len(data), limiter)
             return
+        if self._write_at_hand(offset, data):
+            return
         async with self._change(offset, len(data)):
             await trio.to_thread.run_sync(self._overlay.write, offset, data, limiter=limiter)
+
+    def _write_at_hand(self, offset: int, data: bytes) -> bool:
+        began = time.monotonic()
+        if not self._quickness.usual(began):
+            return False
+        self._forget(offset, len(data))
+        done = self._overlay.write_at_hand(offset, data)
+        self._forget(offset, len(data))
+        self._quickness.took(began, time.monotonic() - began)
+        return done
 
     async def zero(self, offset: int, length: int, limiter: trio.CapacityLimiter | None = None) -> None:
         """Makes a stretch read as zeros and take no room. Raises OSError."""

@@ -1,5 +1,6 @@
 """The writer of overlays: QEMU reads what it leaves, and no crash at any write of it leaves anything wrong."""
 
+import errno
 import os
 import random
 import subprocess
@@ -41,6 +42,8 @@ class RecordingFile(WritableFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path, os.open(path, os.O_RDWR))
         self.events: list[Event] = []
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What others do during a sync, just too late for it."""
 
     def write(self, offset: int, *data: bytes | memoryview) -> None:
         self.events.append(Event(offset, b"".join(data)))
@@ -49,6 +52,7 @@ class RecordingFile(WritableFile):
     def sync(self) -> None:
         super().sync()
         self.events.append(Event(0, None))
+        self.meanwhile()
 
     def punch(self, offset: int, length: int) -> None:
         self.events.append(Event(offset, bytes(max(min(length, self._end - offset), 0))))
@@ -153,9 +157,10 @@ class Versions:
         pieces = self._pieces(content)
         self._steps.append((event, [old if new in old else old | {new} for old, new in zip(last, pieces, strict=True)]))
 
-    def flushed(self, event: int, content: bytes) -> None:
-        """From this event on it is ``content``."""
-        self._steps.append((event, [{piece} for piece in self._pieces(content)]))
+    def flushed(self, event: int, *contents: bytes) -> None:
+        """From this event on it is the first of ``contents``, or, as far as the others differ from it, one of them."""
+        pieces = zip(*map(self._pieces, contents), strict=True)
+        self._steps.append((event, [set(allowed) for allowed in pieces]))
 
     def check(self, events: int, content: bytes) -> None:
         """Fails unless ``content`` is what a crash after so many events may leave."""
@@ -225,6 +230,120 @@ def test_no_crash_at_any_write_does_harm(tmp_path: Path, options: str, unit: int
     again.close()
     assert check_status(after) in (0, LEAKS)
     assert expected(after, "qcow2") == content
+
+
+def check_crashes(before: bytes, file: RecordingFile, versions: Versions, chooser: random.Random, unit: int) -> None:
+    """Has the power go after each event, with parts of what was not synced missing."""
+    after = file.path.with_name("crashed.qcow2")
+    for events in range(len(file.events) + 1):
+        after.write_bytes(crashed(before, file.events[:events], chooser, unit))
+        assert check_status(after) in (0, LEAKS), f"crash after event {events}: {file.events[events - 1 : events]}"
+        versions.check(events, expected(after, "qcow2"))
+
+
+@pytest.mark.parametrize("options", KINDS[:2])
+def test_no_crash_does_harm_to_what_is_written_during_a_flush(tmp_path: Path, options: str) -> None:
+    """Writes that nobody waits for go on while others wait for syncs, in old clusters and in new ones."""
+    path, content = make(tmp_path, 512 * KIB, options)
+    before = path.read_bytes()
+    overlay, file = recording(path)
+    versions = Versions(content, SECTOR)
+    chooser = random.Random(options)
+    made = refused = 0
+
+    def write_some() -> None:
+        nonlocal made, refused
+        for _ in range(2):
+            size = chooser.choice((SECTOR, BLOCK, BLOCK, 16 * BLOCK))
+            offset = chooser.randrange(0, len(content) - size + 1, size)
+            data, began = chooser.randbytes(size), len(file.events)
+            if overlay.write_at_hand(offset, data):
+                content[offset : offset + size] = data
+                versions.changing(began, content)
+                seen.append(bytes(content))
+                made += 1
+            else:
+                assert len(file.events) == began
+                refused += 1
+
+    file.meanwhile = write_some
+    for _ in range(15):
+        began = len(file.events)
+        change(overlay, content, chooser)
+        versions.changing(began, content)
+        seen = [bytes(content)]
+        overlay.flush()
+        versions.flushed(len(file.events), *seen)
+    assert made > 10
+    assert refused
+    file.meanwhile = lambda: None
+    overlay.flush()
+    versions.flushed(len(file.events), content)
+    assert not overlay.behind
+    overlay.close()
+    check_crashes(before, file, versions, chooser, SECTOR)
+    assert expected(path, "qcow2") == content
+    assert check_status(path) == 0
+
+
+def test_what_is_written_at_once_takes_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a table to be loaded or made, nor what the base has around the data, nor somebody else who writes."""
+    path, content = make(tmp_path, 2 * MIB, KINDS[0])
+    overlay, file = recording(path)
+    assert not overlay.write_at_hand(0, b"a" * BLOCK)
+    overlay.write(0, b"a" * BLOCK)
+    assert overlay.write_at_hand(BLOCK, b"b" * BLOCK)
+    assert overlay.write_at_hand(BLOCK + 100, b"c" * 100)
+    assert overlay.write_at_hand(MIB, b"d" * 200 * KIB)
+    assert not overlay.write_at_hand(2 * BLOCK, b"e" * 100)
+    assert not overlay.write_at_hand(BLOCK, b"e" * (BLOCK + 100))
+    with overlay._changing():
+        assert not overlay.write_at_hand(0, b"e" * BLOCK)
+
+    def no_room(self: WritableFile, offset: int, *data: bytes | memoryview) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WritableFile, "write", no_room)
+        assert not overlay.write_at_hand(0, b"e" * BLOCK)
+    content[: 2 * BLOCK] = b"a" * BLOCK + b"b" * 100 + b"c" * 100 + b"b" * (BLOCK - 200)
+    content[MIB : MIB + 200 * KIB] = b"d" * 200 * KIB
+    assert read(overlay, 0, len(content)) == content
+    overlay.flush()
+    overlay.close()
+    assert expected(path, "qcow2") == content
+    assert check_status(path) == 0
+    assert sum(event.data is None for event in file.events) == 2
+
+
+def test_a_table_that_could_not_be_written_is_written_by_the_next_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = make(tmp_path, MIB, KINDS[0])
+    overlay, _ = recording(path)
+    for _ in range(2):
+        data = random.Random(len(content)).randbytes(BLOCK)
+        overlay.write(5 * BLOCK, data)
+        overlay.zero(7 * BLOCK, BLOCK)
+
+        def fail(self: Overlay, offset: int, *data: bytes | memoryview) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Overlay, "_put", fail)
+            with pytest.raises(OSError, match="No space"):
+                overlay.flush()
+        assert overlay.behind
+        overlay.flush()
+        assert not overlay.behind
+        overlay.write(5 * BLOCK + SECTOR, data)
+    content[5 * BLOCK : 6 * BLOCK] = data[:SECTOR] + data[: BLOCK - SECTOR]
+    content[6 * BLOCK : 6 * BLOCK + SECTOR] = data[BLOCK - SECTOR :]
+    content[7 * BLOCK : 8 * BLOCK] = bytes(BLOCK)
+    overlay.flush()
+    overlay.close()
+    assert expected(path, "qcow2") == content
+    assert check_status(path) == 0
 
 
 def test_the_check_notices_a_writer_that_does_not_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

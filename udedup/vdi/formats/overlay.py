@@ -18,6 +18,7 @@ What is lost at worst is what was written after the last flush, and clusters tha
 """
 
 import errno
+import logging
 import struct
 import threading
 from array import array
@@ -43,6 +44,8 @@ from udedup.vdi.formats.qcow2 import (
 )
 from udedup.vdi.formats.tables import PAGE_BYTES, read_numbers, to_big_endian
 from udedup.vdi.formats.writable import WritableFile
+
+log = logging.getLogger(__name__)
 
 INCOMPATIBLE_DIRTY: Final = 1 << 0
 REFCOUNT_ORDER: Final = 4
@@ -135,6 +138,12 @@ class Allocator:
             self._next = number * self._per_block + index + 1
             return (self._next - 1) << self._bits
 
+    def ready(self, count: int) -> bool:
+        """Whether the next ``count`` clusters can be had for nothing but writing that they are taken."""
+        number, index = divmod(self._next, self._per_block)
+        block = self._blocks.get(number)
+        return block is not None and index + count <= self._per_block and not any(block[index : index + count])
+
     def free(self, offset: int) -> None:
         """Gives the cluster at byte ``offset`` back. Raises OSError; then it stays taken."""
         cluster = offset >> self._bits
@@ -178,6 +187,10 @@ class Table:
         """Changes the numbers from ``start`` on at once: others read them meanwhile."""
         self.words[start : start + len(words)] = words
         self.changed.update(range(8 * start // PAGE_BYTES, (8 * (start + len(words)) - 1) // PAGE_BYTES + 1))
+
+    def page(self, number: int) -> "array[int]":
+        """A copy of one page, of PAGE_BYTES or what there is."""
+        return self.words[number * PAGE_BYTES // 8 : (number + 1) * PAGE_BYTES // 8]
 
 
 class Readers:
@@ -226,8 +239,24 @@ class State:
     """A bit for each that is known to be zero."""
 
 
+@attrs.frozen
+class Pending:
+    """What a flush brings to the disk: what the tables were when it began. They change meanwhile."""
+
+    pages: "list[tuple[Table, dict[int, array[int]]]]"
+    """Tables and those of their pages, by number, that the disk has older."""
+    entries: dict[int, int]
+    """Of the first level, by place."""
+    dropped: list[int]
+    """Clusters to which nothing points any more after it."""
+    holes: set[tuple[int, int]]
+    """(table, index) of clusters that have lost parts."""
+
+
 class Overlay(Qcow2):
-    """See above. Reads may come from any thread; whoever writes, one at a time, waits for the disk in a worker thread.
+    """See above. Reads may come from any thread; whoever writes waits for the disk in a worker thread.
+
+    Except :meth:`write_at_hand`, which goes on beside a flush, too. What it has written since that began is none of it.
 
     After a sync that failed nobody knows what is on the disk, and whatever was written since the one before may be
     gone: from then on writing and flushing fail with EIO.
@@ -245,7 +274,10 @@ class Overlay(Qcow2):
         self._loaded: dict[int, Table] = {}
         """By number: the place of the first level that points to it."""
         self._loading = threading.Lock()
+        self._flushing = threading.Lock()
+        """Held by a flush from beginning to end, and by whoever may wait for it. Taken before the next one."""
         self._writing = threading.Lock()
+        """Protects tables, counts, and what a flush has to do; not held while anybody waits for a sync."""
         self._parts = SUBCLUSTERS if header.extended else 1
         self._part_bytes = self._cluster // self._parts
         self._all = (1 << self._parts) - 1
@@ -314,20 +346,41 @@ class Overlay(Qcow2):
 
     def write(self, offset: int, data: bytes) -> None:
         """Writes ``data`` from byte ``offset`` on, which must be within the disk. Raises OSError."""
-        with self._changing():
+        with self._flushing:
             try:
-                self._write(offset, memoryview(data))
+                with self._changing():
+                    self._write(offset, memoryview(data))
             except OSError as error:
                 if error.errno != errno.ENOSPC or not (self._dropped or self._holes or self._limbo):
                     raise
                 # There may be room in what was discarded.
                 self._flush()
-                self._write(offset, memoryview(data))
+                with self._changing():
+                    self._write(offset, memoryview(data))
+
+    def write_at_hand(self, offset: int, data: bytes) -> bool:
+        """:meth:`write` if that takes nothing but giving the data to the kernel, and nobody is in the way.
+
+        False if it does, or can't be done; nothing has changed then that anybody could see.
+        """
+        if not self._writing.acquire(blocking=False):
+            return False
+        try:
+            if self._failed or not self._at_hand(offset, len(data)):
+                return False
+            self._write(offset, memoryview(data))
+        except OSError as error:
+            # What stays in the way :meth:`write` finds, too; for want of room it can do something.
+            log.debug("%s: can't be written at once: %s", self._writable.path, error.strerror)
+            return False
+        finally:
+            self._writing.release()
+        return True
 
     def zero(self, offset: int, length: int) -> None:
         """Makes [offset, offset + length) read as zeros and gives back the room it took. Raises OSError."""
         part = self._part_bytes
-        with self._changing():
+        with self._flushing, self._changing():
             end = offset + length
             first, last = -(-offset // part) * part, end // part * part
             if end == self.size:
@@ -346,27 +399,55 @@ class Overlay(Qcow2):
 
     def flush(self) -> None:
         """Returns once all that was written before is on the disk for good. Raises OSError."""
-        with self._changing():
+        with self._flushing:
             self._flush()
 
     def _flush(self) -> None:
+        with self._changing():
+            pending = self._take_pending()
+        try:
+            if pending.pages or pending.entries:
+                self._write_tables(pending, linked=False)
+                self._sync()
+                self._write_tables(pending, linked=True)
+                for number, entry in pending.entries.items():
+                    self._put(self.header.l1_offset + 8 * number, struct.pack(">Q", entry))
+            if self._behind:
+                self._sync()
+        except BaseException:
+            with self._writing:
+                self._take_back(pending)
+            raise
+        with self._changing():
+            for number in pending.entries:
+                self._loaded[number].linked = True
+            self._give_back(pending)
+            if len(self._loaded) > TABLES_MAX:
+                # Others' tables have changed since, and the disk doesn't have them.
+                kept = {number: table for number, table in self._loaded.items() if table.changed or not table.linked}
+                self._loaded = kept
+
+    def _take_pending(self) -> Pending:
         tables = [table for table in self._loaded.values() if table.changed]
-        if tables or self._l1_changed:
-            self._write_tables(table for table in tables if not table.linked)
-            self._sync()
-            self._write_tables(table for table in tables if table.linked)
-            for number in self._l1_changed:
-                self._put(self.header.l1_offset + 8 * number, struct.pack(">Q", self._l1[number]))
-        if self._behind:
-            self._sync()
+        pending = Pending(
+            pages=[(table, {page: table.page(page) for page in sorted(table.changed)}) for table in tables],
+            entries={number: self._l1[number] for number in sorted(self._l1_changed)},
+            dropped=self._dropped,
+            holes=self._holes,
+        )
         for table in tables:
             table.changed.clear()
-        for number in self._l1_changed:
-            self._loaded[number].linked = True
-        self._l1_changed.clear()
-        self._give_back()
-        if len(self._loaded) > TABLES_MAX:
-            self._loaded = {}
+        self._l1_changed, self._dropped, self._holes = set(), [], set()
+        return pending
+
+    def _take_back(self, pending: Pending) -> None:
+        """For the next flush, when this one has failed."""
+        for table, pages in pending.pages:
+            table.changed.update(pages)
+        self._l1_changed.update(pending.entries)
+        self._dropped += pending.dropped
+        self._holes |= pending.holes
+        self._behind = True
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -376,19 +457,26 @@ class Overlay(Qcow2):
             yield
 
     def _sync(self) -> None:
-        self._failed = True
-        self._writable.sync()
-        self._failed = self._behind = False
+        # First: what is written meanwhile may or may not be part of it.
+        self._behind = False
+        try:
+            self._writable.sync()
+        except BaseException:
+            self._failed = True
+            raise
 
     def _put(self, offset: int, *data: bytes | memoryview) -> None:
-        self._behind = True
-        self._writable.write(offset, *data)
+        try:
+            self._writable.write(offset, *data)
+        finally:
+            # Not before: a sync that begins in between would take it for done.
+            self._behind = True
 
-    def _write_tables(self, tables: Iterator[Table]) -> None:
-        for table in tables:
-            for page in sorted(table.changed):
-                words = table.words[page * PAGE_BYTES // 8 : (page + 1) * PAGE_BYTES // 8]
-                self._put(table.offset + page * PAGE_BYTES, to_big_endian(words))
+    def _write_tables(self, pending: Pending, *, linked: bool) -> None:
+        for table, pages in pending.pages:
+            if table.linked is linked:
+                for page, words in pages.items():
+                    self._put(table.offset + page * PAGE_BYTES, to_big_endian(words))
 
     def _write_zeros(self, start: int, end: int) -> None:
         """Writes zeros to a stretch within one part, unless it is zero."""
@@ -399,6 +487,26 @@ class Overlay(Qcow2):
         state = self._state(table.words, within >> self._bits)
         if not state.zero >> (start & self._mask) // self._part_bytes & 1:
             self._write(start, memoryview(bytes(end - start)))
+
+    def _at_hand(self, offset: int, length: int) -> bool:
+        """Whether writing this takes neither a table to be loaded, nor what is around the data, nor a new block."""
+        fresh = 0
+        for start in range(offset - (offset & self._mask), offset + length, self._cluster):
+            number, place = divmod(start, self._table_span)
+            table = self._loaded.get(number)
+            if table is None:
+                return False
+            state = self._state(table.words, place >> self._bits)
+            low, high = max(offset - start, 0), min(offset + length - start, self._cluster)
+            missing = self._parts_of(low, high) & ~state.allocated
+            if missing and (low % self._part_bytes or high % self._part_bytes):
+                return False
+            fresh += not state.host
+        return not fresh or self._allocator.ready(fresh)
+
+    def _parts_of(self, low: int, high: int) -> int:
+        """A bit for each part of a cluster that has some of its bytes [low, high)."""
+        return (2 << (high - 1) // self._part_bytes) - (1 << low // self._part_bytes)
 
     def _write(self, offset: int, data: memoryview) -> None:
         taken: list[int] = []
@@ -413,8 +521,7 @@ class Overlay(Qcow2):
                 number, place = divmod(start, self._table_span)
                 table, index = self._table(number), place >> self._bits
                 state = self._state(table.words, index)
-                first, last = within // self._part_bytes, (within + count - 1) // self._part_bytes
-                written = (2 << last) - (1 << first)
+                written = self._parts_of(within, within + count)
                 if written & ~state.allocated:
                     host = state.host
                     if not host:
@@ -500,14 +607,12 @@ class Overlay(Qcow2):
         self._behind = True
         table.put(self._words * index, self._encode(state))
 
-    def _give_back(self) -> None:
+    def _give_back(self, pending: Pending) -> None:
         """For when no entry on the disk points to what was dropped."""
-        if self._dropped:
+        if pending.dropped:
             moment = self.readers.turn()
-            self._limbo.extend((moment, host) for host in self._dropped)
-            self._dropped.clear()
-        while self._holes:
-            number, index = self._holes.pop()
+            self._limbo.extend((moment, host) for host in pending.dropped)
+        for number, index in pending.holes:
             self._punch_parts(self._state(self._table(number).words, index))
         while self._limbo and self.readers.gone(self._limbo[0][0]):
             self._allocator.free(self._limbo[0][1])
