@@ -9,6 +9,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("native")
+HEADER = NATIVE / "agent" / "udedup.h"
 
 AGENT = Extension(
     "udedup.libudedup",
@@ -33,7 +34,11 @@ AGENT = Extension(
 
 
 class BuildExt(build_ext):
-    """Names the agent ``libudedup.so`` and exports only what ``udedup.h`` marks."""
+    """Names the agent ``libudedup.so``, puts its header beside it, and exports only what that marks."""
+
+    def run(self) -> None:
+        super().run()
+        self.copy_file(str(HEADER), str(Path(self.get_ext_fullpath(AGENT.name)).with_name(HEADER.name)))
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2] == "libudedup":

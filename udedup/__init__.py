@@ -11,8 +11,19 @@ from udedup.errors import UdedupError
 if TYPE_CHECKING:
     from udedup.api import Stats, advise, join, pause, stats
     from udedup.client import EngineClient, connect
+    from udedup.places import native_directory
 
-__all__ = ["EngineClient", "Stats", "UdedupError", "advise", "connect", "join", "pause", "stats"]
+__all__ = [
+    "EngineClient",
+    "Stats",
+    "UdedupError",
+    "advise",
+    "connect",
+    "join",
+    "native_directory",
+    "pause",
+    "stats",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -25,4 +36,8 @@ def __getattr__(name: str) -> object:
         from udedup import client
 
         return getattr(client, name)
+    if name == "native_directory":
+        from udedup.places import native_directory
+
+        return native_directory
     raise AttributeError(f"module 'udedup' has no attribute {name!r}")

@@ -11,6 +11,11 @@ SYSTEM_STATE = Path("/var/lib/udedup")
 """Where root's engine keeps things."""
 
 
+def native_directory() -> Path:
+    """Returns where ``udedup.h`` and ``libudedup.so`` are: C programs that join by themselves need both."""
+    return Path(__file__).parent
+
+
 def default_socket() -> Path:
     """Returns where an engine of this user listens: $UDEDUP_SOCKET if set, else by user."""
     given = os.environ.get("UDEDUP_SOCKET")

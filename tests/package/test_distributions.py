@@ -33,7 +33,7 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     units = {"udedup.service", "udedup.socket", "tmpfiles.conf"}
     assert {f"udedup/systemd/{name}" for name in units} | {f"udedup/topics/{name}.md" for name in TOPICS} <= files
-    assert {"udedup/libudedup.so", "udedup/_native.abi3.so", "udedup/py.typed"} <= files
+    assert {"udedup/libudedup.so", "udedup/udedup.h", "udedup/_native.abi3.so", "udedup/py.typed"} <= files
     assert not [name for name in files if name.startswith(("tests", "demo", "native"))]
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from udedup.cli import main; sys.exit(main())"
     done = subprocess.run(
@@ -45,6 +45,14 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Safety" in done.stdout
+    # A C program needs nothing else, and starts where the wheel was installed.
+    folder, source = tmp_path / "installed" / "udedup", tmp_path / "program.c"
+    source.write_text(
+        "#include <udedup.h>\nint main(void) { return udedup_stats(&(struct udedup_stats){0}) == -107 ? 42 : 1; }\n"
+    )
+    flags = [f"-I{folder}", f"-L{folder}", "-ludedup", f"-Wl,-rpath,{folder}"]
+    subprocess.run(["gcc", str(source), "-o", str(tmp_path / "program"), *flags], check=True)
+    assert subprocess.run([tmp_path / "program"], check=False).returncode == 42
 
 
 def test_debian_has_the_same_version() -> None:
