@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,84 @@ def test_readers_see_no_stale_block(engine: Engine, base: Path) -> None:
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+READER = """
+import mmap, sys
+file = open(sys.argv[1], "rb")
+shared = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+private = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+for line in sys.stdin:
+    start = int(line) * 4096
+    print(*{view[at : at + 8].hex() for view in (shared, private) for at in range(start, start + 4096, 8)}, flush=True)
+"""
+
+
+@pytest.mark.require("userfaultfd-move")
+def test_mappings_of_wrapped_readers_are_not_stale(engine_factory: Callable[..., Engine], base: Path) -> None:
+    """Also where what they map is the same in many blocks, and two of them, under an engine that merges all it can."""
+    engine = engine_factory("--sleep-millisecs", "0")
+    path = clone(engine, base, "vm1")
+    blocks, rounds = 64, 8
+    wrapped = [
+        sys.executable,
+        "-m",
+        "udedup",
+        "run",
+        "--socket",
+        engine.socket,
+        "--",
+        sys.executable,
+        "-c",
+        READER,
+        path,
+    ]
+    draw = random.Random(3)
+    with ExitStack() as stack:
+        buffered = stack.enter_context(opened(path))
+        direct = stack.enter_context(opened(path, os.O_RDWR | os.O_DIRECT))
+        data = stack.enter_context(mmap.mmap(-1, BLOCK))
+        os.pwrite(buffered, bytes(range(1, 9)) * (blocks * BLOCK // 8), 0)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        readers = [stack.enter_context(subprocess.Popen(wrapped, **pipes)) for _ in range(2)]
+
+        def seen(block: int) -> list[str]:
+            for reader in readers:
+                reader.stdin.write(f"{block}\n")
+            return [reader.stdout.readline().strip() for reader in readers]
+
+        assert [seen(block) for block in range(blocks)] == [["0102030405060708"] * 2] * blocks
+        for version in range(1, rounds):
+            # What is mapped has some time to be merged.
+            time.sleep(0.2)
+            for block in draw.sample(range(blocks), 16):
+                data[:] = version.to_bytes(8, "big") * (BLOCK // 8)
+                os.pwrite(draw.choice([buffered, direct]), data, block * BLOCK)
+                assert seen(block) == [f"{version:016x}"] * 2
+        for reader in readers:
+            reader.stdin.close()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_fio_verifies(engine: Engine, base: Path, *, direct: bool) -> None:
+    """What fio writes, in all ways and at all depths, is what it reads; and the overlay is in order after it."""
+    path = clone(engine, base, "vm1")
+    for pattern in ("write", "randwrite", "randrw"):
+        for depth in (1, 8, 32):
+            job = ["fio", "--name=verify", f"--filename={path}", "--ioengine=libaio", "--bs=4k", f"--size={SIZE}"]
+            job += [f"--rw={pattern}", f"--iodepth={depth}", f"--direct={int(direct)}", "--allow_file_create=0"]
+            job += [
+                "--verify=crc32c",
+                "--verify_fatal=1",
+                "--do_verify=1",
+                f"--randseed={depth}",
+                "--output-format=terse",
+            ]
+            done = subprocess.run(job, capture_output=True, text=True, check=False, timeout=60)
+            assert done.returncode == 0, f"{pattern} {depth}: {done.stdout}\n{done.stderr}"
+    overlay, content = Path(listed(engine)["vm1"]["overlay"]), path.read_bytes()
+    assert engine.command("umount", path).returncode == 0
+    assert converted(overlay) == content
 
 
 def test_two_clones_of_one_base(engine: Engine, base: Path) -> None:
