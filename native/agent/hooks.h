@@ -22,5 +22,7 @@ static inline long udd_as_errno(long ret)
 int udd_hooks_install(const char **missing);
 // One udedup_pause() or udedup_resume(); on application threads. No transaction is under way when it returns.
 void udd_hold_merging(bool pause);
+// Handlers of signals that came past the hook, by a system call of the program's own. The map lock is held exclusively.
+void udd_look_for_handlers(void);
 
 #endif

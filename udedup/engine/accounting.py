@@ -65,6 +65,15 @@ class Counters:
     hints_merged: int = 0
     """Hinted pages merged in their own turn."""
 
+    hints_matched: int = 0
+    """Hinted pages that were found to be elsewhere, too."""
+
+    scan_changed: int = 0
+    """Pages of the linear scan that were new, or had changed since the last round."""
+
+    scan_matched: int = 0
+    """Pages of the linear scan that were found to be elsewhere, too."""
+
     merged_pages: int = 0
     """Pages agents remapped to the store."""
 
@@ -124,6 +133,13 @@ class Counters:
 
     lead_times: LeadTimes = attrs.field(factory=LeadTimes)
 
+    def count_matched(self, pages: int, *, hinted: bool) -> None:
+        """Pages that were looked at, on a hint or not, are elsewhere, too."""
+        if hinted:
+            self.hints_matched += pages
+        else:
+            self.scan_matched += pages
+
 
 class HintStatus(msgspec.Struct, frozen=True):
     """Hints; see Counters."""
@@ -134,9 +150,7 @@ class HintStatus(msgspec.Struct, frozen=True):
     visited: int
     merged: int
     waiting: int
-    """Pages on the hint stack now."""
-    slots: int
-    """Pages it has room for."""
+    """Pages on the hint stack now; it has room for ``LimitStatus.hint_slots``."""
 
 
 class MergeStatus(msgspec.Struct, frozen=True):
@@ -303,6 +317,8 @@ class LimitStatus(msgspec.Struct, frozen=True):
     """Between two spurts of ``pages_to_scan`` pages, ms; 0: no limit on the rate."""
     cpu_percent: float | None
     """Of one processor, for engine and agents together; None: no limit."""
+    hint_slots: int
+    """Pages on the hint stack."""
 
 
 class Status(msgspec.Struct, frozen=True):
