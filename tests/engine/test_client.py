@@ -27,6 +27,11 @@ async def test_status_is_what_the_command_prints(start: Start) -> None:
         status = await engine.status()
         assert status.kernel is None
         assert (status.pages_shared, status.pages_sharing) == (20, 20)
+        assert msgspec.structs.asdict(status.limits) == {
+            "sleep_millisecs": 0,
+            "cpu_percent": None,
+            "hint_slots": 1 << 18,
+        }
         assert (status.pid, status.uptime_seconds > 0) == (os.getpid(), True)
         assert [(agent.command, agent.pages_sharing, agent.paused) for agent in status.agents] == [
             ("fake", 20, False)

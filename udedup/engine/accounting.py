@@ -150,9 +150,7 @@ class HintStatus(msgspec.Struct, frozen=True):
     visited: int
     merged: int
     waiting: int
-    """Pages on the hint stack now."""
-    slots: int
-    """Pages it has room for."""
+    """Pages on the hint stack now; it has room for ``LimitStatus.hint_slots``."""
 
 
 class MergeStatus(msgspec.Struct, frozen=True):
@@ -319,6 +317,8 @@ class LimitStatus(msgspec.Struct, frozen=True):
     """Between two spurts of ``pages_to_scan`` pages, ms; 0: no limit on the rate."""
     cpu_percent: float | None
     """Of one processor, for engine and agents together; None: no limit."""
+    hint_slots: int
+    """Pages on the hint stack."""
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -116,6 +116,7 @@ def status(
         limits=LimitStatus(
             sleep_millisecs=config.sleep_millisecs,
             cpu_percent=None if config.advisor is None else config.advisor.max_cpu,
+            hint_slots=config.hint_slots,
         ),
         zero_pages=zero,
         bytes_saved=saved,
@@ -127,7 +128,6 @@ def status(
             visited=counters.hints_visited,
             merged=counters.hints_merged,
             waiting=len(hints) if everything else 0,
-            slots=config.hint_slots,
         ),
         merges=MergeStatus(
             pages=counters.merged_pages,
