@@ -41,6 +41,7 @@ PAGE = 4096
         ({"sleep_millisecs": -1}, "-1 ms"),
         ({"hint_runs": 0, "scan_runs": 0}, "0:0"),
         ({"hint_runs": -1}, "-1:1"),
+        ({"scan_runs": 1001}, "at most 1000"),
         ({"hint_slots": 0}, "hint slots"),
         ({"advisor": ScanTimeTarget(), "sleep_millisecs": 0}, "a sleep of 0 ms"),
         ({"advisor": ScanTimeTarget(seconds=math.nan)}, "scan time is nan"),
