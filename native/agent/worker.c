@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "worker.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
@@ -152,7 +153,20 @@ static bool wait_for(int fd, short events, int milliseconds)
 
 // ---- joining ----
 
-static int connect_engine(void)
+static const char forbidden[] = "may not connect to ";
+static_assert(sizeof(forbidden) - 1 + UDD_PATH_MAX <= UDD_REASON_MAX, "the reason has room for every path");
+
+static void say_forbidden(void)
+{
+	char reason[UDD_REASON_MAX];
+
+	copy_text(reason, sizeof(reason), forbidden);
+	copy_text(reason + sizeof(forbidden) - 1, UDD_PATH_MAX, udd_agent.socket_path);
+	udd_stop_merging(reason);
+}
+
+// A descriptor, or a negative errno; -EACCES means that it is no use to try again.
+static int connect_engine(const struct worker *worker)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	long fd = udd_sys(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
@@ -167,7 +181,13 @@ static int connect_engine(void)
 	if (!udd_failed(ret))
 		return (int)fd;
 	udd_close((int)fd);
-	return (int)ret;
+	if (ret != -EACCES)
+		return (int)ret;
+	// An engine that takes over from another lets nobody in for a moment, until its socket has its permissions.
+	if (worker->ever_joined)
+		return -EAGAIN;
+	say_forbidden();
+	return -EACCES;
 }
 
 static bool say_hello(const struct worker *worker)
@@ -599,7 +619,7 @@ void udd_worker_thread(void *argument)
 	worker.device = (int)udd_sys(SYS_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 	udd_agent.layout.smaps_fd = (int)udd_sys(SYS_openat, AT_FDCWD, "/proc/self/smaps", O_RDONLY | O_CLOEXEC);
 	for (;;) {
-		worker.socket = connect_engine();
+		worker.socket = connect_engine(&worker);
 		ret = worker.socket < 0 ? worker.socket : join(&worker);
 		if (!ret) {
 			announce(1);
