@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,6 +99,33 @@ def test_setuid_program_runs_unwrapped_with_a_warning(temp: Path) -> None:
     assert done.stderr.startswith(f"udedup: {program} is setuid: ")
     assert done.stderr.count("\n") == 1
     assert_nothing_left(temp)
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_what_is_no_socket_is_no_reason_for_an_engine(temp: Path, make: Callable[[Path], None]) -> None:
+    path = temp.parent / "socket"
+    make(path)
+    done = udedup("run", "--socket", path, "true")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"udedup: {path} is no socket: name the engine's with --socket\n"
+    assert_nothing_left(temp)
+
+
+@pytest.mark.require("root")
+def test_socket_of_others(temp: Path) -> None:
+    path = temp.parent / "socket"
+    open_way(temp.parent)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0o600)
+        command = [*as_nobody(), *UDEDUP, "run", "--socket", str(path), "true"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"udedup: no permission to talk to the engine at {path}: do it as the engine's user, "
+        "or start the engine with --socket-group or --socket-mode\n"
+    )
 
 
 # ---- with an engine of its own ----

@@ -87,10 +87,17 @@ def _engine_listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         try:
             connection.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
+        except FileNotFoundError:
             return False
+        except ConnectionRefusedError:
+            # Files of other types refuse as well.
+            if path.is_socket() or not path.exists():
+                return False
+            raise UdedupError(f"{path} is no socket: name the engine's with --socket") from None
         except OSError as error:
-            raise UdedupError(f"cannot use the engine's socket {path}: {error.strerror or error}") from None
+            from udedup.engine.control import explain
+
+            raise UdedupError(explain(path, error)) from None
     return True
 
 

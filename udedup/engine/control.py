@@ -61,7 +61,7 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float | None 
         except TimeoutError:
             raise UdedupError(f"the engine at {path} did not answer within {seconds:g} s") from None
         except OSError as error:
-            raise UdedupError(_explain(path, error)) from None
+            raise UdedupError(explain(path, error)) from None
         except (ValueError, TypeError, KeyError):
             raise UdedupError(f"what listens at {path} does not answer like an engine of this version") from None
     if not good:
@@ -95,9 +95,13 @@ def _receive(sock: socket.socket) -> bytes:
             return b"".join(parts)
 
 
-def _explain(path: Path, error: OSError) -> str:
+def explain(path: Path, error: OSError) -> str:
+    """Why there is no talking to an engine at ``path``, and what to do."""
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
         return f"no engine listens at {path}: start one with `udedup engine`, or name its socket with --socket"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission to talk to the engine at {path}: ask as the engine's user"
+        return (
+            f"no permission to talk to the engine at {path}: do it as the engine's user, "
+            "or start the engine with --socket-group or --socket-mode"
+        )
     return f"talking to the engine at {path} failed: {error.strerror or error}"
