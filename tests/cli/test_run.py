@@ -250,10 +250,7 @@ def test_engine_ends_with_a_wrapper_that_is_killed(temp: Path, ledger: Ledger) -
     ledger.add_process(command)
     process.kill()
     process.wait(10)
-    deadline = time.monotonic() + 15
-    while processes_with(str(temp)):
-        assert time.monotonic() < deadline, "the engine outlives the wrapper"
-        time.sleep(0.05)
+    assert_nothing_left(temp, 15)
     assert Path(f"/proc/{command}/comm").read_text() == "sleep\n"  # the command goes on alone
 
 
