@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "worker.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
@@ -153,21 +152,35 @@ static bool wait_for(int fd, short events, int milliseconds)
 
 // ---- joining ----
 
-static const char forbidden[] = "may not connect to ";
-static_assert(sizeof(forbidden) - 1 + UDD_PATH_MAX <= UDD_REASON_MAX, "the reason has room for every path");
+enum { OBSTACLE_MAX = UDD_REASON_MAX - UDD_PATH_MAX }; // before the path, so that every path has room behind it
 
-static void say_forbidden(void)
+static void say_forbidden(const char *obstacle)
 {
 	char reason[UDD_REASON_MAX];
+	size_t length = strnlen(obstacle, OBSTACLE_MAX);
 
-	copy_text(reason, sizeof(reason), forbidden);
-	copy_text(reason + sizeof(forbidden) - 1, UDD_PATH_MAX, udd_agent.socket_path);
+	copy_text(reason, sizeof(reason), obstacle);
+	copy_text(reason + length, UDD_PATH_MAX, udd_agent.socket_path);
 	udd_stop_merging(reason);
+}
+
+// False if the engine is another user's, at a place where anybody may put one instead of this user's own.
+static bool is_trusted(int fd)
+{
+	struct ucred engine = {0};
+	socklen_t bytes = sizeof(engine);
+
+	if (strncmp(udd_agent.socket_path, UDD_TEMPORARY, strlen(UDD_TEMPORARY)) != 0)
+		return true;
+	if (udd_sys(SYS_getsockopt, fd, SOL_SOCKET, SO_PEERCRED, &engine, &bytes) != 0)
+		return false;
+	return engine.uid == 0 || engine.uid == (uid_t)udd_sys(SYS_geteuid);
 }
 
 // A descriptor, or a negative errno; -EACCES means that it is no use to try again.
 static int connect_engine(const struct worker *worker)
 {
+	const char *obstacle = "may not connect to ";
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	long fd = udd_sys(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	long ret;
@@ -178,15 +191,19 @@ static int connect_engine(const struct worker *worker)
 	do
 		ret = udd_sys(SYS_connect, fd, &address, sizeof(address));
 	while (ret == -EINTR);
-	if (!udd_failed(ret))
+	if (!udd_failed(ret) && is_trusted((int)fd))
 		return (int)fd;
 	udd_close((int)fd);
+	if (!udd_failed(ret)) {
+		obstacle = "not this user's: ";
+		ret = -EACCES;
+	}
 	if (ret != -EACCES)
 		return (int)ret;
 	// An engine that takes over from another lets nobody in for a moment, until its socket has its permissions.
 	if (worker->ever_joined)
 		return -EAGAIN;
-	say_forbidden();
+	say_forbidden(obstacle);
 	return -EACCES;
 }
 

@@ -11,7 +11,10 @@ import pytest
 import xxhash
 from agent.conftest import LIBRARY, REPOSITORY, Wrapper
 from support.engine import Engine
-from support.users import as_nobody, open_way
+from support.users import NOBODY, as_nobody, as_user, listener_of, open_way
+
+from udedup.engine.native import lib
+from udedup.engine.wire import refusal
 
 PROGRAM = Path(__file__).parent / "programs" / "api.c"
 SOCKET_PATH_MAX = 107
@@ -120,6 +123,24 @@ def test_python_without_permission(closed_socket: Path) -> None:
     assert done.stderr.splitlines()[-1] == (
         f"udedup.errors.UdedupError: this process can't join the engine: may not connect to {closed_socket}"
     )
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_engine_of_another_user_in_the_place_of_ones_own(trusted: bool) -> None:
+    """Anybody may put a socket where those of users without a directory are: nothing is said to it."""
+    path, uid = Path(f"/tmp/udedup-test-{os.getpid()}.sock"), 0x10000 + os.getpid()
+    with listener_of(uid if trusted else NOBODY, path) as listener:
+        command = [*as_user(uid), sys.executable, "-c", "import sys, udedup\nudedup.join(sys.argv[1])", str(path)]
+        joining = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        connection, _ = listener.accept()
+        with connection:
+            said = connection.recv(1 << 16)
+            if said:
+                connection.send(refusal(lib.UDD_REFUSED, "it was only asked"))
+            _, errors = joining.communicate(timeout=30)
+    assert bool(said) is trusted
+    reason = "it was only asked" if trusted else f"not this user's: {path}"
+    assert errors.splitlines()[-1] == f"udedup.errors.UdedupError: this process can't join the engine: {reason}"
 
 
 def test_digest_is_xxh3_128(compile_c: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.engine import UDEDUP, Engine, read_line, udedup
 from support.ledger import Ledger
-from support.users import as_nobody, open_way
+from support.users import NOBODY, as_nobody, as_user, listener_of, open_way
 
 PRELOADED = "grep -c libudedup.so /proc/self/maps"
 
@@ -125,6 +125,25 @@ def test_socket_of_others(temp: Path) -> None:
     assert done.stderr == (
         f"udedup: no permission to talk to the engine at {path}: do it as the engine's user, "
         "or start the engine with --socket-group or --socket-mode\n"
+    )
+
+
+@pytest.mark.require("root")
+@pytest.mark.parametrize("argv", [("run", "true"), ("status",)])
+def test_engine_of_another_user_in_ones_own_place(monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]) -> None:
+    for name in ("UDEDUP_SOCKET", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    uid = 0x10000 + os.getpid()
+    path = Path(f"/tmp/udedup-{uid}.sock")
+    with listener_of(NOBODY, path) as listener:
+        command = [*as_user(uid), *UDEDUP, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(1 << 16) == b""
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"udedup: the engine at {path} is not this user's but that of uid 65534: name yours with --socket\n"
     )
 
 

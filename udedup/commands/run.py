@@ -13,6 +13,7 @@ from udedup.commands.options import add_socket_option, domain_label
 from udedup.commands.program import ProgramError, execute, find_program
 from udedup.errors import UdedupError
 from udedup.labels import OFF
+from udedup.places import temporary_socket
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +99,10 @@ def _engine_listens(path: Path) -> bool:
             from udedup.engine.control import explain
 
             raise UdedupError(explain(path, error)) from None
+        if path == temporary_socket():
+            from udedup.engine.control import require_trusted
+
+            require_trusted(connection, path)
     return True
 
 

@@ -23,13 +23,16 @@ if more follow and with ``.`` if not.
 
 import errno
 import json
+import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from udedup.errors import UdedupError
+from udedup.places import temporary_socket
 
 MORE: Final = b"+"
 LAST: Final = b"."
@@ -55,6 +58,7 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float | None 
         sock.settimeout(seconds)
         try:
             _connect(sock, path, ANSWER_SECONDS if seconds is None else seconds)
+            require_trusted(sock, path)
             sock.send(packet)
             answer = json.loads(_receive(sock))
             good = answer["ok"]
@@ -82,6 +86,15 @@ def _connect(sock: socket.socket, path: Path, seconds: float) -> None:
             time.sleep(CONNECT_PAUSE)
         else:
             return
+
+
+def require_trusted(sock: socket.socket, path: Path) -> None:
+    """Raises UdedupError if the engine is another user's, at the place of this user's own where anybody may put one."""
+    if path != temporary_socket():
+        return
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))
+    if uid not in (0, os.geteuid()):
+        raise UdedupError(f"the engine at {path} is not this user's but that of uid {uid}: name yours with --socket")
 
 
 def _receive(sock: socket.socket) -> bytes:
