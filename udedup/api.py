@@ -128,7 +128,7 @@ def join(socket: Path | str | None = None, domain: str | None = None) -> None:
     if -result == errno.ECONNREFUSED:
         raise UdedupError(f"no engine answers at {socket or 'the default socket'}; start one with `udedup engine`")
     if -result == errno.EACCES:
-        raise UdedupError(f"the engine refused this process: {stats().reason}")
+        raise UdedupError(f"this process can't join the engine: {stats().reason}")
     raise UdedupError(f"joining the engine failed: {os.strerror(-result)}")
 
 

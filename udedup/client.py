@@ -36,6 +36,7 @@ from udedup.engine.control import (
     explain,
     explain_nonsense,
     explain_silence,
+    require_trusted,
 )
 from udedup.errors import UdedupError
 from udedup.places import engine_socket
@@ -197,6 +198,7 @@ class EngineClient:
                         break
                     except BlockingIOError:
                         await trio.sleep(CONNECT_PAUSE)
+                require_trusted(sock, self.path)
             except BaseException:
                 sock.close()
                 raise

@@ -24,7 +24,12 @@ def default_socket() -> Path:
     if os.geteuid() == 0:
         return SYSTEM_SOCKET
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "udedup.sock" if runtime else Path(f"/tmp/udedup-{os.geteuid()}.sock")
+    return Path(runtime) / "udedup.sock" if runtime else temporary_socket()
+
+
+def temporary_socket() -> Path:
+    """Returns where an engine of this user listens who has no directory for that: another user may put one there."""
+    return Path(f"/tmp/udedup-{os.geteuid()}.sock")
 
 
 def engine_socket() -> Path:

@@ -274,10 +274,10 @@ static const char *default_socket(char *buffer, size_t room)
 
 	if (geteuid() == 0)
 		return "/run/udedup.sock";
-	if (runtime)
+	if (runtime && runtime[0])
 		snprintf(buffer, room, "%s/udedup.sock", runtime);
 	else
-		snprintf(buffer, room, "/tmp/udedup-%u.sock", geteuid());
+		snprintf(buffer, room, UDD_TEMPORARY "%u.sock", geteuid());
 	return buffer;
 }
 

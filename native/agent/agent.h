@@ -30,6 +30,10 @@ enum {
 	UDD_PATH_MAX = 108,
 };
 
+// How the paths of engines' sockets begin that are in a directory of everybody's (udedup/places.py, and the folders that
+// `udedup run` makes in there).
+#define UDD_TEMPORARY "/tmp/udedup-"
+
 // What the agent knows of a store segment. Written by the worker under the map lock held exclusively; never moves.
 struct udd_segment_map {
 	uint64_t engine_id[2]; // whose

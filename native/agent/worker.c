@@ -152,8 +152,35 @@ static bool wait_for(int fd, short events, int milliseconds)
 
 // ---- joining ----
 
-static int connect_engine(void)
+enum { OBSTACLE_MAX = UDD_REASON_MAX - UDD_PATH_MAX }; // before the path, so that every path has room behind it
+
+static void say_forbidden(const char *obstacle)
 {
+	char reason[UDD_REASON_MAX];
+	size_t length = strnlen(obstacle, OBSTACLE_MAX);
+
+	copy_text(reason, sizeof(reason), obstacle);
+	copy_text(reason + length, UDD_PATH_MAX, udd_agent.socket_path);
+	udd_stop_merging(reason);
+}
+
+// False if the engine is another user's, at a place where anybody may put one instead of this user's own.
+static bool is_trusted(int fd)
+{
+	struct ucred engine = {0};
+	socklen_t bytes = sizeof(engine);
+
+	if (strncmp(udd_agent.socket_path, UDD_TEMPORARY, strlen(UDD_TEMPORARY)) != 0)
+		return true;
+	if (udd_sys(SYS_getsockopt, fd, SOL_SOCKET, SO_PEERCRED, &engine, &bytes) != 0)
+		return false;
+	return engine.uid == 0 || engine.uid == (uid_t)udd_sys(SYS_geteuid);
+}
+
+// A descriptor, or a negative errno; -EACCES means that it is no use to try again.
+static int connect_engine(const struct worker *worker)
+{
+	const char *obstacle = "may not connect to ";
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	long fd = udd_sys(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	long ret;
@@ -164,10 +191,20 @@ static int connect_engine(void)
 	do
 		ret = udd_sys(SYS_connect, fd, &address, sizeof(address));
 	while (ret == -EINTR);
-	if (!udd_failed(ret))
+	if (!udd_failed(ret) && is_trusted((int)fd))
 		return (int)fd;
 	udd_close((int)fd);
-	return (int)ret;
+	if (!udd_failed(ret)) {
+		obstacle = "not this user's: ";
+		ret = -EACCES;
+	}
+	if (ret != -EACCES)
+		return (int)ret;
+	// An engine that takes over from another lets nobody in for a moment, until its socket has its permissions.
+	if (worker->ever_joined)
+		return -EAGAIN;
+	say_forbidden(obstacle);
+	return -EACCES;
 }
 
 static bool say_hello(const struct worker *worker)
@@ -599,7 +636,7 @@ void udd_worker_thread(void *argument)
 	worker.device = (int)udd_sys(SYS_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 	udd_agent.layout.smaps_fd = (int)udd_sys(SYS_openat, AT_FDCWD, "/proc/self/smaps", O_RDONLY | O_CLOEXEC);
 	for (;;) {
-		worker.socket = connect_engine();
+		worker.socket = connect_engine(&worker);
 		ret = worker.socket < 0 ? worker.socket : join(&worker);
 		if (!ret) {
 			announce(1);

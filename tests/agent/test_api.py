@@ -1,17 +1,24 @@
 """The interfaces for programs that cooperate knowingly, in C and in Python."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import xxhash
 from agent.conftest import LIBRARY, REPOSITORY, Wrapper
 from support.engine import Engine
+from support.users import NOBODY, as_nobody, as_user, listener_of, open_way
+
+from udedup.engine.native import lib
+from udedup.engine.wire import refusal
 
 PROGRAM = Path(__file__).parent / "programs" / "api.c"
+SOCKET_PATH_MAX = 107
+"""Bytes (unix(7)), without the NUL."""
 
 pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
 
@@ -23,6 +30,23 @@ def test_c(bare: Wrapper, compile_c: Callable[..., Path], shared_engine: Engine,
     bare.check(program, case, str(socket))
 
 
+@pytest.fixture
+def closed_socket(tmp_path: Path) -> Iterator[Path]:
+    """Of root's, which nobody else may connect to, with a path as long as such paths can be."""
+    open_way(tmp_path)
+    path = tmp_path / ("x" * (SOCKET_PATH_MAX - len(f"{tmp_path}/")))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0o600)
+        yield path
+
+
+def test_c_without_permission(bare: Wrapper, compile_c: Callable[..., Path], closed_socket: Path) -> None:
+    program = compile_c(PROGRAM, "-Inative", "-pthread", str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}")
+    bare.check(program, "forbidden", str(closed_socket))
+
+
 def test_c_joins_among_threads(bare: Wrapper, compile_c: Callable[..., Path], shared_engine: Engine) -> None:
     """Other threads are in and out of the functions while these are hooked: many times, as the moment is short."""
     program = compile_c(PROGRAM, "-Inative", "-pthread", str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}")
@@ -30,8 +54,8 @@ def test_c_joins_among_threads(bare: Wrapper, compile_c: Callable[..., Path], sh
         bare.check(program, "joins-among-threads", shared_engine.socket)
 
 
-def run_python(text: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", text, *map(str, arguments)]
+def run_python(text: str, *arguments: str | Path, prefix: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    command = [*prefix, sys.executable, "-c", text, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -91,6 +115,32 @@ def test_python_refused(shared_engine: Engine) -> None:
     done = run_python("import sys, udedup\nudedup.join(sys.argv[1], 'x' * 64)", shared_engine.socket)
     assert done.returncode == 1
     assert "joining the engine failed: File name too long" in done.stderr
+
+
+def test_python_without_permission(closed_socket: Path) -> None:
+    done = run_python("import sys, udedup\nudedup.join(sys.argv[1])", closed_socket, prefix=as_nobody())
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"udedup.errors.UdedupError: this process can't join the engine: may not connect to {closed_socket}"
+    )
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_engine_of_another_user_in_the_place_of_ones_own(trusted: bool) -> None:
+    """Anybody may put a socket where those of users without a directory are: nothing is said to it."""
+    path, uid = Path(f"/tmp/udedup-test-{os.getpid()}.sock"), 0x10000 + os.getpid()
+    with listener_of(uid if trusted else NOBODY, path) as listener:
+        command = [*as_user(uid), sys.executable, "-c", "import sys, udedup\nudedup.join(sys.argv[1])", str(path)]
+        joining = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        connection, _ = listener.accept()
+        with connection:
+            said = connection.recv(1 << 16)
+            if said:
+                connection.send(refusal(lib.UDD_REFUSED, "it was only asked"))
+            _, errors = joining.communicate(timeout=30)
+    assert bool(said) is trusted
+    reason = "it was only asked" if trusted else f"not this user's: {path}"
+    assert errors.splitlines()[-1] == f"udedup.errors.UdedupError: this process can't join the engine: {reason}"
 
 
 def test_digest_is_xxh3_128(compile_c: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine import Engine, udedup
+from support.engine import UDEDUP, Engine, udedup
 from support.ledger import Ledger
 from support.tmpfs import mount_tmpfs
+from support.users import as_nobody, open_way
 
 from udedup.fallocate import punch_hole
 
@@ -107,6 +108,25 @@ def converted(overlay: Path) -> bytes:
         copy = Path(place) / "copy.raw"
         subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, copy], check=True)
         return copy.read_bytes()
+
+
+def test_list(engine: Engine, base: Path) -> None:
+    assert command(engine, "list") == ""
+    path = clone(engine, base, "vm1")
+    heads, line = (text.split("\t") for text in command(engine, "list").splitlines())
+    assert heads == ["clone", "shown at", "room", "base", "overlay", "note"]
+    assert (line[0], line[1], line[3]) == ("vm1", str(path), str(base))
+    assert " ".join(udedup("clone", "list", "--help").stdout.split()).count("how much room each takes") == 1
+
+
+def test_others_are_told_what_they_may_not(engine_factory: Callable[..., Engine]) -> None:
+    engine = engine_factory("--socket-mode", "666")
+    open_way(engine.socket.parent)
+    for what, words in (("listing clones", ("list",)), ("making or changing clones", ("discard", "vm1"))):
+        command = [*as_nobody(), *UDEDUP, "clone", *words, "--socket", str(engine.socket)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"udedup: {what} is for root and the engine's user only, you are uid 65534\n"
 
 
 def test_what_is_written_is_there(engine: Engine, base: Path) -> None:

@@ -60,6 +60,8 @@ def test_tables_come_as_json_too(name: str) -> None:
         ("engine", "--hint-ratio", "1"),
         ("engine", "--hint-ratio", "0:0"),
         ("engine", "--hint-ratio", "-1:1"),
+        ("engine", "--hint-ratio", "99999999999999999999:1"),
+        ("engine", "--hint-ratio", "1:1001"),
         ("engine", "--hint-slots", "0"),
         ("engine", "--allow-domain", "label"),
         ("engine", "--allow-domain", "1000:"),
@@ -98,6 +100,7 @@ def test_image_argument(text: str, expected: tuple[str | None, Path]) -> None:
 def test_ratio_and_domain_arguments() -> None:
     assert ratio("0:1") == (0, 1)
     assert ratio("3:2") == (3, 2)
+    assert ratio("0:1000") == (0, 1000)
     assert allowed_domain("1000:web:blue") == (1000, "web:blue")
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from support.engine import UDEDUP, Engine, read_line, udedup
 from support.ledger import Ledger
-from support.users import as_nobody, open_way
+from support.users import NOBODY, as_nobody, as_user, listener_of, open_way
 
 PRELOADED = "grep -c libudedup.so /proc/self/maps"
 
@@ -98,6 +99,52 @@ def test_setuid_program_runs_unwrapped_with_a_warning(temp: Path) -> None:
     assert done.stderr.startswith(f"udedup: {program} is setuid: ")
     assert done.stderr.count("\n") == 1
     assert_nothing_left(temp)
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_what_is_no_socket_is_no_reason_for_an_engine(temp: Path, make: Callable[[Path], None]) -> None:
+    path = temp.parent / "socket"
+    make(path)
+    done = udedup("run", "--socket", path, "true")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"udedup: {path} is no socket: name the engine's with --socket\n"
+    assert_nothing_left(temp)
+
+
+@pytest.mark.require("root")
+def test_socket_of_others(temp: Path) -> None:
+    path = temp.parent / "socket"
+    open_way(temp.parent)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0o600)
+        command = [*as_nobody(), *UDEDUP, "run", "--socket", str(path), "true"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"udedup: no permission to talk to the engine at {path}: do it as the engine's user, "
+        "or start the engine with --socket-group or --socket-mode\n"
+    )
+
+
+@pytest.mark.require("root")
+@pytest.mark.parametrize("argv", [("run", "true"), ("status",)])
+def test_engine_of_another_user_in_ones_own_place(monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]) -> None:
+    for name in ("UDEDUP_SOCKET", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    uid = 0x10000 + os.getpid()
+    path = Path(f"/tmp/udedup-{uid}.sock")
+    with listener_of(NOBODY, path) as listener:
+        command = [*as_user(uid), *UDEDUP, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(1 << 16) == b""
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"udedup: the engine at {path} is not this user's but that of uid 65534: name yours with --socket\n"
+    )
 
 
 # ---- with an engine of its own ----
@@ -222,10 +269,7 @@ def test_engine_ends_with_a_wrapper_that_is_killed(temp: Path, ledger: Ledger) -
     ledger.add_process(command)
     process.kill()
     process.wait(10)
-    deadline = time.monotonic() + 15
-    while processes_with(str(temp)):
-        assert time.monotonic() < deadline, "the engine outlives the wrapper"
-        time.sleep(0.05)
+    assert_nothing_left(temp, 15)
     assert Path(f"/proc/{command}/comm").read_text() == "sleep\n"  # the command goes on alone
 
 

@@ -41,6 +41,7 @@ PAGE = 4096
         ({"sleep_millisecs": -1}, "-1 ms"),
         ({"hint_runs": 0, "scan_runs": 0}, "0:0"),
         ({"hint_runs": -1}, "-1:1"),
+        ({"scan_runs": 1001}, "at most 1000"),
         ({"hint_slots": 0}, "hint slots"),
         ({"advisor": ScanTimeTarget(), "sleep_millisecs": 0}, "a sleep of 0 ms"),
         ({"advisor": ScanTimeTarget(seconds=math.nan)}, "scan time is nan"),
@@ -215,10 +216,36 @@ def test_layout_of_the_shared_area() -> None:
     assert max(lib.UDD_REPORTS_MAX, lib.UDD_COPY_MAX) <= lib.UDD_COPY_SLOTS
 
 
-def test_long_reasons_are_cut() -> None:
-    message = refusal(lib.UDD_BYE, "ä" * 200)
+def told(reason: str) -> str:
+    """What arrives of a reason."""
+    message = refusal(lib.UDD_BYE, reason)
     assert len(message) == ffi.sizeof("struct udd_refused")
     assert message[-1] == 0
+    return message[HEADER.size :].rstrip(b"\0").decode()
+
+
+@given(st.text(st.sampled_from("aä… "), max_size=200).map(str.strip))
+def test_long_reasons_are_cut_between_words(reason: str) -> None:
+    text = told(reason)
+    if len(reason.encode()) < lib.UDD_REASON_MAX:
+        assert text == reason
+    else:
+        assert text.endswith(" …")
+        assert reason.startswith(text.removesuffix(" …"))
+        assert " " not in reason[:60] or reason[len(text) - 2] == " "
+
+
+@pytest.mark.parametrize(
+    ("uid", "label", "text"),
+    [
+        (1000, "web", "under [domains] in udedup.toml or with --allow-domain 1000:web"),
+        (65534, "customer-0815", "allow it under [domains] in udedup.toml or with --allow-domain …"),
+        (0xFFFFFFFE, "x" * 63, "xxx' is not allowed for uid 4294967294: allow it …"),
+    ],
+)
+def test_refused_labels_say_what_matters(uid: int, label: str, text: str) -> None:
+    """As far as there is room, which is not much."""
+    assert told(DomainRules(500, frozenset()).explain(uid, label)).endswith(text)
 
 
 # ---- lead times ----

@@ -5,11 +5,15 @@ import json
 
 from udedup.commands.options import add_json_option, add_socket_option
 
+_COLUMNS = ("clone", "shown at", "room", "base", "overlay", "note")
+"""Words of a line, with tabs between them."""
+
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds what can be done with clones; `udedup mount --clone` makes them."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="which there are, where, and how much room each takes")
+    summary = "which there are, where, and how much room each takes"
+    listing = actions.add_parser("list", help=summary, description=summary)
     add_socket_option(listing)
     add_json_option(listing)
     changes = {
@@ -42,6 +46,8 @@ def _list(clones: list[dict[str, object]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(clones, indent=2))
         return
+    if clones:
+        print("\t".join(_COLUMNS))
     for clone in clones:
         room = clone["room"]
         size = "-" if not isinstance(room, int) else f"{room / (1 << 20):.1f} MiB"

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,8 +184,17 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then leaves the programs merged and on their own."""
-    if args.parent is not None:
+    if args.parent is None:
+        return _serve(args)
+    try:
         _end_with(args.parent)
+        return _serve(args)
+    finally:
+        if os.getppid() != args.parent:
+            _remove(args.socket.parent)
+
+
+def _serve(args: argparse.Namespace) -> int:
     chosen = choose(args)
     if chosen.image and chosen.mount is None:
         args.subparser.error("--image needs --mount DIR to show it in")
@@ -265,3 +275,11 @@ def _end_with(parent: int) -> None:
     prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise UdedupError(f"the process {parent} that wanted this engine has ended")
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a parent that was killed had made for the socket, and cannot remove itself."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        print(f"udedup: the folder {folder} stays there: {error.strerror}", file=sys.stderr)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from udedup.engine.policies import RATIO_MAX
 from udedup.labels import LABEL_BYTES_MAX, RESERVED
 from udedup.places import engine_socket, state_directory
 from udedup.vdi.formats import FORMATS
@@ -175,13 +176,15 @@ def seconds(text: str) -> float:
 
 
 def ratio(text: str) -> tuple[int, int]:
-    """Parses ``H:S``, two whole numbers of which at least one is not zero."""
+    """Parses ``H:S``, two whole numbers up to RATIO_MAX of which at least one is not zero."""
     parts = text.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a ratio such as 1:1")
     hints, scans = int(parts[0]), int(parts[1])
     if hints + scans == 0:
         raise argparse.ArgumentTypeError("0:0 would never look at any page")
+    if max(hints, scans) > RATIO_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} has a part above the greatest value, {RATIO_MAX}")
     return hints, scans
 
 

@@ -13,6 +13,7 @@ from udedup.commands.options import add_socket_option, domain_label
 from udedup.commands.program import ProgramError, execute, find_program
 from udedup.errors import UdedupError
 from udedup.labels import OFF
+from udedup.places import temporary_socket
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -87,10 +88,21 @@ def _engine_listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         try:
             connection.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
+        except FileNotFoundError:
             return False
+        except ConnectionRefusedError:
+            # Files of other types refuse as well.
+            if path.is_socket() or not path.exists():
+                return False
+            raise UdedupError(f"{path} is no socket: name the engine's with --socket") from None
         except OSError as error:
-            raise UdedupError(f"cannot use the engine's socket {path}: {error.strerror or error}") from None
+            from udedup.engine.control import explain
+
+            raise UdedupError(explain(path, error)) from None
+        if path == temporary_socket():
+            from udedup.engine.control import require_trusted
+
+            require_trusted(connection, path)
     return True
 
 

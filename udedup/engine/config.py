@@ -8,7 +8,7 @@ import attrs
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.headroom import part_left
 from udedup.engine.native import lib
-from udedup.engine.policies import POLICIES, Policy
+from udedup.engine.policies import POLICIES, RATIO_MAX, Policy
 from udedup.engine.service import Service
 from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
@@ -138,6 +138,8 @@ class EngineConfig:
             self._check_advisor(self.advisor)
         if min(self.hint_runs, self.scan_runs) < 0 or self.hint_runs + self.scan_runs == 0:
             raise UdedupError(f"hint ratio {self.hint_runs}:{self.scan_runs} would never look at any page")
+        if max(self.hint_runs, self.scan_runs) > RATIO_MAX:
+            raise UdedupError(f"hint ratio {self.hint_runs}:{self.scan_runs}: give parts of at most {RATIO_MAX}")
         if not 1 <= self.hint_slots <= 1 << 28:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
         if not 0 <= self.huge_page_threshold <= HUGE_PAGES:

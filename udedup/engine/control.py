@@ -26,13 +26,16 @@ if more follow and with ``.`` if not.
 
 import errno
 import json
+import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from udedup.errors import UdedupError
+from udedup.places import temporary_socket
 
 MORE: Final = b"+"
 LAST: Final = b"."
@@ -54,6 +57,7 @@ def request(path: Path, message: Mapping[str, object], *, seconds: float | None 
         sock.settimeout(seconds)
         try:
             _connect(sock, path, ANSWER_SECONDS if seconds is None else seconds)
+            require_trusted(sock, path)
             sock.send(packet)
             answer = json.loads(_receive(sock))
             good = answer["ok"]
@@ -81,6 +85,15 @@ def _connect(sock: socket.socket, path: Path, seconds: float) -> None:
             time.sleep(CONNECT_PAUSE)
         else:
             return
+
+
+def require_trusted(sock: socket.socket, path: Path) -> None:
+    """Raises UdedupError if the engine is another user's, at the place of this user's own where anybody may put one."""
+    if path != temporary_socket():
+        return
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))
+    if uid not in (0, os.geteuid()):
+        raise UdedupError(f"the engine at {path} is not this user's but that of uid {uid}: name yours with --socket")
 
 
 def _receive(sock: socket.socket) -> bytes:
@@ -133,5 +146,8 @@ def explain(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
         return f"no engine listens at {path}: start one with `udedup engine`, or name its socket with --socket"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission to talk to the engine at {path}: ask as the engine's user"
+        return (
+            f"no permission to talk to the engine at {path}: do it as the engine's user, "
+            "or start the engine with --socket-group or --socket-mode"
+        )
     return f"talking to the engine at {path} failed: {error.strerror or error}"

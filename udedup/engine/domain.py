@@ -92,8 +92,8 @@ class DomainRules:
     def explain(self, uid: int, label: str) -> str:
         """Why not, and what to do."""
         return (
-            f"domain label {label!r} is not allowed for uid {uid}: name the user under [domains] in udedup.toml, "
-            f"or start the engine with --allow-domain {uid}:{label}"
+            f"domain label {label!r} is not allowed for uid {uid}: allow it under [domains] in udedup.toml"
+            f" or with --allow-domain {uid}:{label}"
         )
 
 

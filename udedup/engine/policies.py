@@ -16,6 +16,9 @@ from typing import NamedTuple
 EAGER_AHEAD_SECONDS = 30.0
 """A system that starts reads a few hundred MB faster than KSM's default rate takes them in."""
 
+RATIO_MAX = 1000
+"""Of hint spurts and of scan spurts: whichever is the lesser part would hardly ever come to its turn beyond that."""
+
 
 class Policy(NamedTuple):
     """A policy in the scheduler's terms."""

@@ -370,8 +370,11 @@ class Engine:
             case UmountRequest():
                 clients.require_owner(peer, "unmounting images")
                 return await self._umount(request)
-            case CloneRequest() | ClonesRequest() | CloneChangeRequest():
-                clients.require_owner(peer, "clones")
+            case ClonesRequest():
+                clients.require_owner(peer, "listing clones")
+                return await self._clone(request)
+            case CloneRequest() | CloneChangeRequest():
+                clients.require_owner(peer, "making or changing clones")
                 return await self._clone(request)
             case UnmergeRequest(pid=pid):
                 return await self._unmerge(self._chosen(pid, peer))

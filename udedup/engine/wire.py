@@ -44,6 +44,8 @@ PACKET_MAX = max(
 )
 """Bytes of the longest message an agent may send."""
 
+CUT_OFF = " …".encode()
+
 
 class AgentError(Exception):
     """An agent did what it can't have done in good faith, or did nothing: it is dropped. The text says what."""
@@ -131,8 +133,12 @@ def welcome(
 
 
 def refusal(kind: int, reason: str) -> bytes:
-    """Packs UDD_REFUSED or UDD_BYE; a long reason is cut."""
-    raw = reason.encode()[: lib.UDD_REASON_MAX - 1]
+    """Packs UDD_REFUSED or UDD_BYE; a long reason ends with a whole word and an ellipsis."""
+    raw = reason.encode()
+    if len(raw) >= lib.UDD_REASON_MAX:
+        start = raw[: lib.UDD_REASON_MAX - 1 - len(CUT_OFF)]
+        words, space, _ = start.rpartition(b" ")
+        raw = (words if space else start.decode(errors="ignore").encode()) + CUT_OFF
     return HEADER.pack(lib.UDD_MAGIC, kind, 0, 0, 0, 0) + raw.ljust(lib.UDD_REASON_MAX, b"\0")
 
 

@@ -156,6 +156,20 @@ static void refused(void)
 	check(udedup_stats(&now) == 0 && now.merging == 0);
 }
 
+// Why is said whole, for the longest path too.
+static void forbidden(void)
+{
+	struct udedup_stats now;
+	char expected[200];
+
+	check(setresuid(1000, 1000, 1000) == 0);
+	check(udedup_join(engine, NULL) == -EACCES);
+	check(udedup_stats(&now) == 0 && now.merging == 0);
+	snprintf(expected, sizeof(expected), "may not connect to %s", engine);
+	check(strcmp(now.reason, expected) == 0);
+	check(udedup_join(engine, NULL) == -EACCES);
+}
+
 static void bad_arguments(void)
 {
 	char path[200], label[100];
@@ -173,7 +187,7 @@ static void bad_arguments(void)
 static const struct test_case cases[] = {
 	{"joins", joins},         {"joins-among-threads", joins_among_threads}, {"no-engine", no_engine},
 	{"pauses", pauses},       {"pauses-among-threads", pauses_among_threads},
-	{"refused", refused},     {"bad-arguments", bad_arguments},
+	{"refused", refused},     {"forbidden", forbidden},                     {"bad-arguments", bad_arguments},
 };
 
 int main(int argc, char **argv)
