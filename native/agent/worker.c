@@ -51,8 +51,10 @@ struct received {
 
 static void copy_text(char *to, size_t room, const char *from)
 {
-	size_t length = strnlen(from, room - 1);
+	size_t length = 0;
 
+	while (length < room - 1 && from[length])
+		length++;
 	memcpy(to, from, length);
 	memset(to + length, 0, room - length);
 }
