@@ -224,7 +224,7 @@ def told(reason: str) -> str:
     return message[HEADER.size :].rstrip(b"\0").decode()
 
 
-@given(st.text(st.sampled_from("aä… "), max_size=200).map(str.strip))
+@given(st.text(st.sampled_from("aä… "), min_size=60, max_size=200).map(str.strip))
 def test_long_reasons_are_cut_between_words(reason: str) -> None:
     text = told(reason)
     if len(reason.encode()) < lib.UDD_REASON_MAX:
