@@ -383,6 +383,7 @@ def test_fio_verifies(engine: Engine, base: Path, *, direct: bool) -> None:
             job += [
                 "--verify=crc32c",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--do_verify=1",
                 f"--randseed={depth}",
                 "--output-format=terse",

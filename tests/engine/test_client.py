@@ -135,13 +135,17 @@ async def test_there_is_no_engine(tmp_path: Path) -> None:
     )
 
 
+async def end(running: Running) -> None:
+    running.scope.cancel()
+    await running.until(lambda: not running.path.exists(), "ended")
+
+
 async def test_it_finds_the_next_engine(socket_path: Path, nursery: trio.Nursery) -> None:
     config = EngineConfig(socket=socket_path, sleep_millisecs=0)
     running = await start_engine(nursery, config)
     async with udedup.connect(socket_path) as engine:
         await engine.status()
-        running.scope.cancel()
-        await running.until(lambda: not socket_path.exists(), "ended")
+        await end(running)
         with pytest.raises(UdedupError, match="no engine listens"):
             await engine.status()
         await start_engine(nursery, config)
@@ -153,8 +157,7 @@ async def test_a_request_is_not_lost_where_the_engine_was_replaced(socket_path: 
     running = await start_engine(nursery, config)
     async with udedup.connect(socket_path) as engine:
         await engine.status()
-        running.scope.cancel()
-        await running.until(lambda: not socket_path.exists(), "ended")
+        await end(running)
         await start_engine(nursery, config)
         assert (await engine.status()).agents == []
 
