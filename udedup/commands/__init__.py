@@ -8,9 +8,11 @@ import argparse
 from typing import Protocol
 
 from udedup.commands import (
+    attach,
     clone,
     completion,
     config,
+    detach,
     doctor,
     engine,
     index,
@@ -42,6 +44,8 @@ COMMANDS: dict[str, Command] = {
     "umount": umount,
     "clone": clone,
     "index": index,
+    "attach": attach,
+    "detach": detach,
     "status": status,
     "unmerge": unmerge,
     "doctor": doctor,
