@@ -35,10 +35,11 @@ enum {
 	STACK_ROOM = 1 << 16,      // bytes that the call may need
 	XSTATE_MOST = 1 << 14,     // bytes
 	XSTATE_PLAIN = 2696,       // bytes of it without AMX, where a processor has that
-	HOLD_ALL_NS = 40000000,    // how long all threads may take to stop
+	HOLD_ALL_NS = 40000000,    // how long all threads may take to stop, at first
+	LONGER_AFTER_NS = 1000000000, // whenever so much patience is gone, they may take twice as long: the machine is busy
 	PAUSE_NS = 3000000,        // between two attempts
 	PATIENT_AFTER_NS = 100000000, // from when on threads that run are used, too
-	AGAIN_NS = 1000000000,     // for a thread that is left to itself
+	AGAIN_NS = 10000000000,    // for a thread to stop that is to be let go of
 };
 
 static int read_memory(pid_t pid, uint64_t address, void *ret, size_t bytes)
@@ -426,7 +427,7 @@ static int follow(const struct udd_program *program, pid_t tid, struct saved *sa
 static int call_in(const struct udd_program *program, pid_t tid, bool patient, uint64_t function, const void *data, size_t bytes,
 		   uint64_t second, uint64_t deadline, struct udd_attach_outcome *ret)
 {
-	struct udd_held_thread thread;
+	struct udd_held_thread thread = {0};
 	struct saved saved;
 	int own_number;
 	char state = task_state(program->pid, tid, &own_number);
@@ -438,8 +439,10 @@ static int call_in(const struct udd_program *program, pid_t tid, bool patient, u
 	r = udd_tracee_begin_hold(tid);
 	if (!r)
 		r = udd_tracee_await_hold(tid, deadline, &thread);
+	if (r && thread.late)
+		udd_tracee_forgo(tid, udd_tracee_now() + AGAIN_NS);
 	if (r)
-		return r == -EPERM || udd_tracee_now() > deadline ? r : -EAGAIN;
+		return r == -EPERM ? r : -EAGAIN;
 	if (!is_usable(program, &thread, own_number, patient) || save(program, &thread, &saved) ||
 	    push(program, tid, data, bytes, &saved)) {
 		udd_tracee_release(&thread);
@@ -553,10 +556,8 @@ static int await_all(struct crowd *crowd, size_t from, uint64_t deadline)
 }
 
 // A thread that waits does not create any: when nobody new is there any more, all are held.
-static int hold_all(pid_t pid, struct crowd *crowd)
+static int hold_all(pid_t pid, struct crowd *crowd, uint64_t deadline)
 {
-	uint64_t deadline = udd_tracee_now() + HOLD_ALL_NS;
-
 	for (;;) {
 		size_t from = crowd->count;
 		int found = begin_new(pid, crowd);
@@ -575,8 +576,10 @@ static void release_all(const struct crowd *crowd)
 	}
 }
 
-static void forgo_late(struct crowd *crowd, uint64_t deadline)
+static void forgo_late(struct crowd *crowd)
 {
+	uint64_t deadline = udd_tracee_now() + AGAIN_NS;
+
 	for (size_t i = 0; i < crowd->count; i++) {
 		if (crowd->threads[i].late)
 			udd_tracee_forgo(crowd->threads[i].tid, deadline);
@@ -662,11 +665,11 @@ static bool has_deep_sleeper(pid_t pid)
 }
 
 static int change_now(pid_t pid, const struct barred *barred, const struct udd_attach_word *words, size_t count,
-		      struct crowd *crowd, struct udd_attach_outcome *ret)
+		      uint64_t limit, struct crowd *crowd, struct udd_attach_outcome *ret)
 {
 	uint64_t started = udd_tracee_now();
 	uint64_t held;
-	int r = hold_all(pid, crowd);
+	int r = hold_all(pid, crowd, started + limit);
 
 	for (size_t i = 0; !r && i < crowd->count; i++) {
 		if (is_in_the_way(&crowd->threads[i], barred))
@@ -685,7 +688,8 @@ int udd_attach_change(int pid, const struct udd_code *barred_code, size_t barred
 		      uint32_t patience_ms, struct udd_attach_outcome *ret)
 {
 	const struct barred barred = {.code = barred_code, .count = barred_count};
-	uint64_t deadline = udd_tracee_now() + (uint64_t)patience_ms * 1000000;
+	uint64_t started = udd_tracee_now();
+	uint64_t deadline = started + (uint64_t)patience_ms * 1000000;
 	struct crowd crowd = {0};
 	sigset_t before;
 	int r = -EAGAIN;
@@ -693,9 +697,11 @@ int udd_attach_change(int pid, const struct udd_code *barred_code, size_t barred
 	*ret = (struct udd_attach_outcome){0};
 	block_signals(&before);
 	while (r == -EAGAIN && udd_tracee_now() < deadline) {
+		uint64_t limit = HOLD_ALL_NS << (udd_tracee_now() - started) / LONGER_AFTER_NS;
+
 		if (!has_deep_sleeper(pid))
-			r = change_now(pid, &barred, words, count, &crowd, ret);
-		forgo_late(&crowd, deadline);
+			r = change_now(pid, &barred, words, count, limit, &crowd, ret);
+		forgo_late(&crowd);
 		if (r == -EAGAIN)
 			udd_tracee_rest(PAUSE_NS);
 	}

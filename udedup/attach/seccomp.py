@@ -5,6 +5,9 @@ from pathlib import Path
 
 def forbidden_call(tid: int) -> str | None:
     """Returns what is in the way, in some words behind the program's name; None if nothing is."""
-    lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
+    try:
+        lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None  # it has ended
     mode = next((line.split()[1] for line in lines if line.startswith("Seccomp:")), "0")
     return None if mode == "0" else "has a seccomp filter, and it can't be known whether it lets the agent in"
