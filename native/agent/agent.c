@@ -171,6 +171,18 @@ static int set_socket_path(char *ret, const char *path)
 	return length >= UDD_PATH_MAX ? -ENAMETOOLONG : 0;
 }
 
+static int claimed;
+
+bool udd_agent_claim(void)
+{
+	return !__atomic_exchange_n(&claimed, 1, __ATOMIC_ACQUIRE);
+}
+
+void udd_agent_unclaim(void)
+{
+	__atomic_store_n(&claimed, 0, __ATOMIC_RELEASE);
+}
+
 int udd_agent_choose(const struct udd_attach_request *wanted)
 {
 	struct udd_agent *agent = &udd_agent;
@@ -323,21 +335,20 @@ static const char *default_socket(char *buffer, size_t room)
 
 int udedup_join(const char *socket, const char *label)
 {
-	static int lock; // 0 nobody joins, 1 someone does, 2 done
 	char buffer[UDD_PATH_MAX];
 	struct timespec patience = udd_timespec(JOIN_MS * 1000000UL);
-	int expected = 0;
 	uint32_t joined;
 	int ret = 0;
 
-	if (!udd_live() && __atomic_compare_exchange_n(&lock, &expected, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+	if (!udd_live() && udd_agent_claim()) {
 		if (!socket)
 			socket = getenv("UDEDUP_SOCKET");
-		ret = udd_agent_init(socket ? socket : default_socket(buffer, sizeof(buffer)), label ? label : "");
-		if (!ret)
-			ret = udd_agent_start();
 		// What failed may be tried again.
-		__atomic_store_n(&lock, ret ? 0 : 2, __ATOMIC_SEQ_CST);
+		if (!udd_live())
+			ret = udd_agent_init(socket ? socket : default_socket(buffer, sizeof(buffer)), label ? label : "");
+		if (!ret && !udd_live()->worker)
+			ret = udd_agent_start();
+		udd_agent_unclaim();
 	}
 	if (ret)
 		return ret;

@@ -197,6 +197,9 @@ static inline void udd_test_count(enum udd_test_counter counter, uint64_t n)
 int udd_agent_init(const char *socket_path, const char *label);
 // The same without hooks, and with what would be in the environment named by who asks for it.
 int udd_agent_set_up(const struct udd_attach_request *wanted);
+// Only who has claimed the agent sets it up, or changes what it is to do. False: another has. Never waits.
+bool udd_agent_claim(void);
+void udd_agent_unclaim(void);
 // Which engine to join, and as what. 0 or a negative errno.
 int udd_agent_choose(const struct udd_attach_request *wanted);
 // A function without which there is no merging could not be hooked.

@@ -66,6 +66,10 @@ static int start(void)
 		__atomic_store_n(&here()->patched, 0, __ATOMIC_RELAXED);
 		set_state(UDD_ATTACH_PREPARED);
 		return 0;
+	case UDD_ATTACH_JOINING:
+		// Whoever wanted that has gone away. It is to look again at once, and where we say.
+		udd_sys(SYS_futex, &here()->leave, FUTEX_WAKE_PRIVATE, INT32_MAX);
+		return 0;
 	case UDD_ATTACH_PREPARED:
 		return 0;
 	case UDD_ATTACH_NONE:
@@ -117,10 +121,15 @@ void udedup_attach(const struct udd_attach_request *request)
 {
 	struct udd_attachment *ret = &udedup_attachment;
 
+	if (!udd_agent_claim()) {
+		ret->error = -EBUSY;
+		return;
+	}
 	say("");
 	ret->error = prepare(request);
 	udd_hooks_list(ret);
 	ret->live = udd_live() ? (uint64_t)(uintptr_t)here() : 0;
+	udd_agent_unclaim();
 }
 
 void udedup_leave(void)

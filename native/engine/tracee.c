@@ -72,34 +72,12 @@ void udd_tracee_forgo(pid_t tid, uint64_t deadline)
 		ptrace(PTRACE_DETACH, tid, NULL, status >> 16 ? 0 : WSTOPSIG(status));
 }
 
-int udd_tracee_await_hold(pid_t tid, uint64_t deadline, struct udd_held_thread *ret)
-{
-	*ret = (struct udd_held_thread){.tid = tid};
-	for (;;) {
-		int status;
-		int r = udd_tracee_await(tid, deadline, &status);
-
-		ret->late = r == -ETIMEDOUT;
-		if (r)
-			return ret->late ? -EBUSY : r;
-		if (status >> 16 == PTRACE_EVENT_STOP) {
-			if (WSTOPSIG(status) == SIGTRAP)
-				return ptrace(PTRACE_GETREGS, tid, NULL, &ret->registers) ? -errno : 0;
-			// The program was just stopped by a signal, and stays so.
-			ptrace(PTRACE_DETACH, tid, NULL, NULL);
-			return -EBUSY;
-		}
-		// A signal came first.
-		ptrace(PTRACE_CONT, tid, NULL, WSTOPSIG(status));
-	}
-}
-
 bool udd_tracee_in_call(const struct user_regs_struct *registers)
 {
 	return (long)registers->orig_rax >= 0;
 }
 
-bool udd_tracee_restarts(const struct user_regs_struct *registers)
+bool udd_tracee_waits(const struct user_regs_struct *registers)
 {
 	long result = (long)registers->rax;
 
@@ -126,31 +104,45 @@ static bool fails_for_our_sake(long number)
 	return false;
 }
 
-bool udd_tracee_waits(const struct user_regs_struct *registers)
-{
-	return udd_tracee_restarts(registers) || (udd_tracee_in_call(registers) && (long)registers->rax == -EINTR &&
-						  fails_for_our_sake((long)registers->orig_rax));
-}
-
 long udd_tracee_again(const struct user_regs_struct *registers)
 {
 	return (long)registers->rax == -ERESTART_BLOCK ? SYS_restart_syscall : (long)registers->orig_rax;
 }
 
 // With this result the kernel makes the call again, unless a signal with a handler is there by now: then it is EINTR all the same.
-static void make_again(struct user_regs_struct *registers)
+// At once, so that it does so even if we are killed.
+static int make_again(pid_t tid, struct user_regs_struct *registers)
 {
-	if (udd_tracee_waits(registers) && (long)registers->rax == -EINTR)
-		registers->rax = (unsigned long)-ERESTART_NO_HANDLER;
+	if (!udd_tracee_in_call(registers) || (long)registers->rax != -EINTR || !fails_for_our_sake((long)registers->orig_rax))
+		return 0;
+	registers->rax = (unsigned long)-ERESTART_NO_HANDLER;
+	return ptrace(PTRACE_SETREGS, tid, NULL, registers) ? -ESRCH : 0;
+}
+
+int udd_tracee_await_hold(pid_t tid, uint64_t deadline, struct udd_held_thread *ret)
+{
+	*ret = (struct udd_held_thread){.tid = tid};
+	for (;;) {
+		int status;
+		int r = udd_tracee_await(tid, deadline, &status);
+
+		ret->late = r == -ETIMEDOUT;
+		if (r)
+			return ret->late ? -EBUSY : r;
+		if (status >> 16 == PTRACE_EVENT_STOP) {
+			if (WSTOPSIG(status) == SIGTRAP)
+				return ptrace(PTRACE_GETREGS, tid, NULL, &ret->registers) ? -ESRCH : make_again(tid, &ret->registers);
+			// The program was just stopped by a signal, and stays so.
+			ptrace(PTRACE_DETACH, tid, NULL, NULL);
+			return -EBUSY;
+		}
+		// A signal came first.
+		ptrace(PTRACE_CONT, tid, NULL, WSTOPSIG(status));
+	}
 }
 
 void udd_tracee_release(const struct udd_held_thread *thread)
 {
-	struct user_regs_struct registers = thread->registers;
-
-	make_again(&registers);
-	if (registers.rax != thread->registers.rax)
-		ptrace(PTRACE_SETREGS, thread->tid, NULL, &registers);
 	ptrace(PTRACE_DETACH, thread->tid, NULL, NULL);
 }
 

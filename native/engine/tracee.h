@@ -32,17 +32,15 @@ int udd_tracee_begin_hold(pid_t tid);
 int udd_tracee_await_hold(pid_t tid, uint64_t deadline, struct udd_held_thread *ret);
 // Lets go of one that is late. It runs nothing of the program before it has stopped: so this waits, until `deadline`.
 void udd_tracee_forgo(pid_t tid, uint64_t deadline);
-// Lets go of it; a system call that was interrupted goes on.
+// Lets go of it.
 void udd_tracee_release(const struct udd_held_thread *thread);
 // Waits for the next stop. 0, -ESRCH or -ETIMEDOUT.
 int udd_tracee_await(pid_t tid, uint64_t deadline, int *status);
 
-// Whether the thread comes out of a system call; was interrupted in one that the kernel makes again when it goes on; was
-// interrupted in one that is made again, by us if not by the kernel.
+// Whether the thread comes out of a system call; and whether it was interrupted in one, which is made again when it goes on.
 bool udd_tracee_in_call(const struct user_regs_struct *registers);
-bool udd_tracee_restarts(const struct user_regs_struct *registers);
 bool udd_tracee_waits(const struct user_regs_struct *registers);
-// The number of the system call with which the last kind goes on.
+// The number of the system call with which it then goes on.
 long udd_tracee_again(const struct user_regs_struct *registers);
 
 // Calls `found` for every place that a signal handler on the stack of the thread has interrupted, until it returns true, and

@@ -111,15 +111,15 @@ class Program:
         """Reads what there is to know. Raises UdedupError if something is not as this can deal with it."""
         libc, loader = _needed(process, _LIBC), _needed(process, _LOADER)
         barred = {*loader.code, *_allocators(process)}
+        # Where the hooks of a program are that shares its memory already, threads wait as well.
         agent = find_library(process, AGENT_NAME)
-        if agent:
-            barred |= set(agent.code)
+        busy = {*barred, *libc.code, *(agent.code if agent else ())}
         calm = [
             (mapping.start, mapping.end)
             for mapping in process.maps()
             if mapping.executable and mapping.path.startswith("/")
         ]
-        calm = [code for code in calm if code not in barred and code not in libc.code]
+        calm = [code for code in calm if code not in busy]
         symbols = libc.symbols.all()
         waiting = [
             (libc.bias + symbol.value, libc.bias + symbol.value + symbol.size)

@@ -111,6 +111,9 @@ class Session:
             raise UdedupError(f"{self._process} has loaded an agent of another version: restart it")
         return attachment
 
+    def _live(self, attachment: CData) -> CData:
+        return self._read_struct("udd_attach_live", attachment.live)
+
     # ---- attaching ----
 
     def attach(self, socket: Path, label: str | None, flags: int) -> Held:
@@ -125,6 +128,8 @@ class Session:
         attachment = self._attachment(agent)
         if attachment.error == -errno.EALREADY:
             raise UdedupError(f"{self._process} shares its memory already: see `udedup status`")
+        if attachment.error == -errno.EBUSY:
+            raise UdedupError(f"{self._process} is being attached to by someone else: try again")
         if attachment.error:
             raise UdedupError(f"{self._process} can't be attached to: {_text(attachment.reason) or attachment.error}")
         self._redirect(attachment)
@@ -139,8 +144,9 @@ class Session:
             size = sizes.get(patch.entry, 0) if patch.maps else _JUMP_BYTES
             barred.append((patch.entry + 1, patch.entry + max(size, _JUMP_BYTES)))
         words = self._words(attachment, into=True)
-        # `leave`, the other half of the word, is 0.
-        words.append((attachment.live + ffi.offsetof("struct udd_attach_live", "patched"), 0, 1))
+        if not self._live(attachment).patched:
+            # `leave`, the other half of the word, is 0.
+            words.append((attachment.live + ffi.offsetof("struct udd_attach_live", "patched"), 0, 1))
         self._change(barred, words)
 
     def _words(self, attachment: CData, *, into: bool) -> list[tuple[int, int, int]]:
@@ -162,7 +168,7 @@ class Session:
         if result == 0:
             return
         why = {
-            -errno.EAGAIN: f"its threads were not all at safe places at once within {_PATIENCE_MS / 1000:g} s: try again",
+            -errno.EAGAIN: f"not all were at safe places at once within {_PATIENCE_MS / 1000:g} s: try again",
             -errno.ESTALE: "someone else has changed the code of its C library",
             -errno.ESRCH: "it has ended",
         }.get(result, f"error {-result}")
@@ -171,7 +177,7 @@ class Session:
     def _await_joined(self, agent: Library, attachment: CData) -> None:
         deadline = time.monotonic() + _JOIN_SECONDS
         while time.monotonic() < deadline:
-            live = self._read_struct("udd_attach_live", attachment.live)
+            live = self._live(attachment)
             if live.state == lib.UDD_ATTACH_JOINED:
                 return
             if live.state == lib.UDD_ATTACH_REFUSED:
@@ -191,7 +197,7 @@ class Session:
         if agent is None:
             raise UdedupError(f"{self._process} does not share its memory")
         attachment = self._attachment(agent)
-        if attachment.live and self._read_struct("udd_attach_live", attachment.live).state in (
+        if attachment.live and self._live(attachment).state in (
             lib.UDD_ATTACH_LEFT,
             lib.UDD_ATTACH_REFUSED,
         ):
@@ -208,7 +214,7 @@ class Session:
     def _await_left(self, attachment: CData) -> bool:
         deadline = time.monotonic() + _LEAVE_SECONDS
         while time.monotonic() < deadline:
-            live = self._read_struct("udd_attach_live", attachment.live)
+            live = self._live(attachment)
             if live.state == lib.UDD_ATTACH_LEFT:
                 return bool(live.clean)
             if not live.leave:

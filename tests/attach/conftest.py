@@ -1,0 +1,69 @@
+"""Programs that run already, and an engine for all of them."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agent.conftest import compile_c, lasting_engine
+from support.engine import Engine
+from support.ledger import Ledger
+from support.users import open_way
+
+from udedup.attach.session import Held
+from udedup.attach.session import attach as attach_process
+from udedup.commands.host import agent_library
+
+__all__ = ["compile_c"]
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+@pytest.fixture(scope="session")
+def attached_engine(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Engine]:
+    """An engine that programs of all users can join."""
+    folder = tmp_path_factory.mktemp("attached")
+    open_way(folder)
+    with lasting_engine(folder, pytestconfig, "attach", mount=False) as engine:
+        engine.socket.chmod(0o666)
+        yield engine
+
+
+@pytest.fixture
+def attach(attached_engine: Engine) -> Callable[..., Held]:
+    """Attaches a process to the engine, as the command does, without the time that takes."""
+
+    def attach_now(pid: int, *, library: Path | None = None, label: str | None = None) -> Held:
+        socket = attached_engine.socket
+        return attach_process(pid, library or agent_library(), socket, label, quiet=False, keep_ksm=False)
+
+    return attach_now
+
+
+@pytest.fixture
+def start(ledger: Ledger) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts programs that say ``ready`` on a line and end when their input does; ``options`` are Popen's."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_now(*argv: str | Path, **options: Any) -> "subprocess.Popen[str]":
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen([*map(str, argv)], text=True, **(pipes | options))
+        started.append(process)
+        ledger.add_process(process.pid)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.communicate(timeout=20)
+        return process
+
+    yield start_now
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=20)
+
+
+def end_in_order(process: "subprocess.Popen[str]", seconds: float = 60.0) -> str:
+    """Ends a program's input, and returns what it has printed. Fails the test if it found anything wrong."""
+    output, errors = process.communicate(timeout=seconds)
+    assert process.returncode == 0, (process.returncode, output, errors)
+    return output
