@@ -38,11 +38,11 @@ def require_traceable(process: Process) -> None:
 
 
 def _life(process: Process) -> Iterator[str]:
+    state = process.status["State"][0]
     if process.pid == os.getpid():
         yield "is this command itself"
     if process.flags & _PF_KTHREAD:
         yield "is a thread of the kernel"
-    state = process.status["State"][0]
     if state in "ZX":
         yield "has ended: its parent has not asked for its status yet"
     tracer = process.status["TracerPid"]
