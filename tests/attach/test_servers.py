@@ -1,4 +1,4 @@
-"""Servers with clients that compare what they get with what they have written, while they are attached to and let go."""
+"""Servers with clients that compare what they get with what they have written, while these are attached to."""
 
 import hashlib
 import pwd
