@@ -483,6 +483,35 @@ int udd_attach_call(const struct udd_program *program, uint64_t function, const 
 	return r;
 }
 
+// ---- filters ----
+
+#ifndef PTRACE_SECCOMP_GET_FILTER
+#define PTRACE_SECCOMP_GET_FILTER 0x420c
+#endif
+
+int udd_attach_filter(int tid, uint32_t index, uint64_t *ret, size_t room)
+{
+	struct udd_held_thread thread = {0};
+	sigset_t before;
+	int r;
+
+	block_signals(&before);
+	r = udd_tracee_begin_hold(tid);
+	if (!r)
+		r = udd_tracee_await_hold(tid, udd_tracee_now() + AGAIN_NS, &thread);
+	if (!r) {
+		// Without a place to put it, the kernel only says how long it is.
+		long length = ptrace(PTRACE_SECCOMP_GET_FILTER, tid, (unsigned long)index, NULL);
+
+		if (length > 0 && (size_t)length <= room)
+			length = ptrace(PTRACE_SECCOMP_GET_FILTER, tid, (unsigned long)index, ret);
+		r = length < 0 ? -errno : (int)length;
+		udd_tracee_release(&thread);
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return r;
+}
+
 // ---- changing code ----
 
 // The threads of a program, all that there are.

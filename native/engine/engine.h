@@ -509,6 +509,9 @@ struct udd_attach_word {
 // long, and will end by itself. -ESRCH: the program has ended.
 int udd_attach_call(const struct udd_program *program, uint64_t function, const void *data, size_t bytes, uint64_t second,
 		    uint32_t patience_ms, struct udd_attach_outcome *ret);
+// The `index`th of a thread's seccomp filters, newest first, as its instructions (struct sock_filter). How many those are, or
+// -ENOENT: there is no such filter; -EACCES, -EPERM: that is not for us to know; -EBUSY; -ESRCH.
+int udd_attach_filter(int tid, uint32_t index, uint64_t *ret, size_t room);
 // Changes all of `words` while no thread runs, and none is in `barred` code. -EAGAIN: there was always one within `patience_ms`.
 // -ESTALE: some of them are not what they should be before, and none was changed. -ESRCH: the program has ended.
 int udd_attach_change(int pid, const struct udd_code *barred, size_t barred_count, const struct udd_attach_word *words, size_t count,

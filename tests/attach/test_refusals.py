@@ -13,7 +13,8 @@ from attach.conftest import PROGRAMS, end_in_order
 from support.engine import Engine, udedup
 from support.users import as_nobody
 
-from udedup.attach.session import Held
+from udedup.attach.session import Held, detach
+from udedup.commands.host import agent_library
 from udedup.errors import UdedupError
 
 READY = "import sys; print('ready', flush=True); sys.stdin.read()"
@@ -102,9 +103,25 @@ def test_without_free_descriptors(start: Start, attach: Attach) -> None:
     end_in_order(program)
 
 
-def test_a_filter(compile_c: Callable[..., Path], start: Start, attach: Attach) -> None:
-    program = start(compile_c(PROGRAMS / "ready.c"), "filtered")
-    assert refusal(attach, program.pid).startswith("has a seccomp filter")
+@pytest.mark.parametrize(("number", "name"), [(257, "openat"), (56, "clone"), (10, "mprotect"), (15, "rt_sigreturn")])
+def test_a_filter(compile_c: Callable[..., Path], start: Start, attach: Attach, number: int, name: str) -> None:
+    """It would kill the program."""
+    program = start(compile_c(PROGRAMS / "ready.c"), str(number))
+    assert refusal(attach, program.pid).startswith(f"has a seccomp filter that forbids {name}, ")
+    end_in_order(program)
+
+
+def test_a_filter_that_does_not_matter(compile_c: Callable[..., Path], start: Start, attach: Attach) -> None:
+    program = start(compile_c(PROGRAMS / "ready.c"), "170")  # sethostname
+    attach(program.pid)
+    detach(program.pid, agent_library())
+    end_in_order(program)
+
+
+def test_a_filter_for_what_the_agent_does_later(compile_c: Callable[..., Path], start: Start, attach: Attach) -> None:
+    """It tries that out in a process of its own."""
+    program = start(compile_c(PROGRAMS / "ready.c"), "25")  # mremap
+    assert refusal(attach, program.pid).endswith("a seccomp filter forbids what the agent does")
     end_in_order(program)
 
 

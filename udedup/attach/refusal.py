@@ -117,10 +117,9 @@ def _socket(socket: Path) -> Callable[[Process], Iterator[str]]:
 
 
 def _filter(process: Process) -> Iterator[str]:
-    for task in process.tasks():
-        forbidden = forbidden_call(int(task.name))
-        if forbidden:
-            yield f"{forbidden}: start it without that filter, or leave it alone"
+    forbidden = forbidden_call(process)
+    if forbidden:
+        yield f"{forbidden}: start it without that filter, or leave it alone"
 
 
 def _descriptors(process: Process) -> Iterator[str]:
