@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from attach.conftest import PROGRAMS, end_in_order
 from support.engine import Engine, udedup
+from support.users import as_nobody
 
 from udedup.attach.session import Held, detach
 from udedup.commands.host import agent_library
@@ -59,6 +60,16 @@ def test_the_commands(start: Start, attached_engine: Engine) -> None:
     for program in programs:
         assert "memfd:udedup" not in Path(f"/proc/{program.pid}/maps").read_text()
         end_in_order(program)
+
+
+def test_an_ordinary_user(start: Start, attached_engine: Engine) -> None:
+    """With the user's own program, and root's engine."""
+    program = start(*as_nobody(), sys.executable, PROGRAMS / "keeper.py", PAGES, 10)
+    for words in (["attach", "--socket", attached_engine.socket], ["detach"]):
+        command = [*as_nobody(), sys.executable, "-m", "udedup", *map(str, words), str(program.pid)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+    end_in_order(program)
 
 
 def test_a_wrapped_program(engine_factory: Callable[..., Engine], start: Start, attached_engine: Engine) -> None:

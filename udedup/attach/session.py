@@ -226,12 +226,14 @@ class Session:
 
 
 def _patches(attachment: CData) -> list[CData]:
-    return [patch for patch in attachment.patches[0 : attachment.patch_count] if patch.entry]
+    # It is the program's to write, who may be anybody.
+    count = min(attachment.patch_count, lib.UDD_ATTACH_PATCHES_MAX)
+    return [patch for patch in attachment.patches[0:count] if patch.entry]
 
 
 def _text(array: CData) -> str:
     text: bytes = ffi.string(array)
-    return text.decode(errors="replace")
+    return "".join(character for character in text.decode(errors="replace") if character.isprintable())
 
 
 def _failed_call(outcome: CData) -> str:
