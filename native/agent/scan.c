@@ -127,10 +127,16 @@ static uint32_t mark_of_part(const char *part)
 	return udd_mark_of(udd_digest_part(part, PART));
 }
 
-// Does this look at a page begin with a part of it?
-static bool wants_part(const uint32_t *mark)
+// Is the page to be reported though nobody knows yet whether it keeps still?
+static bool first_sight(const struct udd_scan_state *state, const uint32_t *mark)
 {
-	return !mark || udd_mark_age(*mark) == 0;
+	return state->flags & UDD_CONFIG_FIRST_SIGHT && mark && *mark == UDD_MARK_NONE;
+}
+
+// Does this look at a page begin with a part of it?
+static bool wants_part(const struct udd_scan_state *state, const uint32_t *mark)
+{
+	return !mark || (udd_mark_age(*mark) == 0 && !first_sight(state, mark));
 }
 
 static void keep_page(struct batch *batch, uint32_t *kept, uint32_t i)
@@ -155,7 +161,7 @@ static void look_at_parts(struct udd_scan_state *state, struct batch *batch, str
 	for (uint32_t i = 0; i < batch->count; i++) {
 		uint64_t address = batch->addresses[i];
 
-		if (wants_part(udd_mark(&udd_agent.marks, address)))
+		if (wants_part(state, udd_mark(&udd_agent.marks, address)))
 			vector[wanted++] = (struct iovec){udd_pointer(address + part_of(address)), PART};
 	}
 	if (wanted == 0)
@@ -166,7 +172,7 @@ static void look_at_parts(struct udd_scan_state *state, struct batch *batch, str
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value;
 
-		if (!wants_part(mark)) {
+		if (!wants_part(state, mark)) {
 			keep_page(batch, &kept, i);
 			continue;
 		}

@@ -336,6 +336,8 @@ class Engine:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
+        if self.config.chosen_policy.first_sight:
+            flags |= lib.UDD_CONFIG_FIRST_SIGHT
         if self.config.smart_scan:
             flags |= lib.UDD_CONFIG_SMART_SCAN
         if quiet:
