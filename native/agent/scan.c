@@ -124,7 +124,7 @@ static uint64_t part_of(uint64_t address)
 
 static uint32_t mark_of_part(const char *part)
 {
-	return udd_mark_of(udd_digest_part(part, PART));
+	return udd_mark_of_part(udd_digest_part(part, PART));
 }
 
 // Is the page to be reported though nobody knows yet whether it keeps still?
@@ -180,12 +180,12 @@ static void look_at_parts(struct udd_scan_state *state, struct batch *batch, str
 		if (part == got)
 			continue;
 		value = mark_of_part(parts + part++ * PART);
-		if (mark && udd_mark_has(*mark, value)) {
+		if (mark && udd_mark_has_part(*mark, value)) {
 			keep_page(batch, &kept, i);
 			continue;
 		}
 		if (mark)
-			udd_mark_set(&udd_agent.marks, mark, value);
+			udd_mark_set(&udd_agent.marks, mark, udd_mark_after_change(*mark, value));
 		ret->visited++;
 		ret->changed++;
 	}
@@ -231,7 +231,8 @@ static void report_batch(struct udd_scan_state *state, const struct batch *batch
 		ret->visited++;
 		if (mark)
 			udd_mark_set(&udd_agent.marks, mark,
-				     kept ? udd_mark_after(*mark, value) : mark_of_part(page + part_of(batch->addresses[i])));
+				     kept ? udd_mark_after(*mark, value)
+					  : udd_mark_after_change(*mark, mark_of_part(page + part_of(batch->addresses[i]))));
 		if (!kept) {
 			ret->changed++;
 		} else if (zero && (batch->file || !(state->flags & UDD_CONFIG_ZERO_PAGES))) {

@@ -230,6 +230,34 @@ def test_pages_are_reported_at_first_sight(fake: FakeEngine, joins: Callable[[in
         assert reported(fake, puppet).keys() == expected.keys()
 
 
+def test_pages_that_change_all_the_time_are_passed_over(fake: FakeEngine, joins: Callable[[int], Puppet]) -> None:
+    """For longer and longer; once they keep still, they are reported."""
+    puppet = joins(lib.UDD_CONFIG_SMART_SCAN)
+    busy = range(PAGES // 2, PAGES)
+    still: set[int] = set()
+    looked = []
+
+    def change(offset: int) -> None:
+        for at in busy:
+            for part in range(0, PAGE, 512):
+                puppet.flip(at, part + offset)
+
+    for number in range(23):
+        change(number)
+        body = fake.scan()
+        _, changed, _, wrapped = struct.unpack_from("<IIII", body)
+        assert wrapped
+        if changed >= len(busy):
+            looked.append(number)
+    assert looked == [0, 1, 2, 3, 5, 8, 13, 22]
+    for number in range(23):
+        change(number)
+    # The next look finds them changed once more.
+    for _ in range(8 + 1 + 8 + 1):
+        still |= reported(fake, puppet).keys()
+    assert still >= set(busy)
+
+
 @pytest.mark.parametrize("missing", [0x2, 0x4, 0x10, SEALS])
 def test_segment_that_could_change_is_refused(fake: FakeEngine, puppet: Puppet, missing: int) -> None:
     assert fake.segment(1, CONTENT, seals=SEALS & ~missing) < 0
