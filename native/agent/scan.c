@@ -15,7 +15,9 @@ enum {
 	REGIONS = 64,          // regions of one PAGEMAP_SCAN
 	BATCH = 64,            // pages copied and hashed at a time: they should stay in the processor's cache
 	PART = 512,            // bytes of a page looked at first
-	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time
+	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time …
+	LAYOUT_DEAR_NS = 20000000,
+	LAYOUT_DEAR_SHARE = 200, // … and so many where it takes longer than that: most of what has changed since are our own runs
 	LAYOUT_AGE_S = 10,     // raw system calls change it too
 };
 
@@ -32,8 +34,9 @@ struct batch {
 static bool layout_is_due(const struct udd_layout *layout)
 {
 	uint64_t age = udd_now() - layout->read_at;
+	uint64_t share = layout->read_cost < LAYOUT_DEAR_NS ? LAYOUT_SHARE : LAYOUT_DEAR_SHARE;
 
-	if (age < layout->read_cost * LAYOUT_SHARE)
+	if (age < layout->read_cost * share)
 		return false;
 	return __atomic_load_n(&udd_live()->mapped, __ATOMIC_RELAXED) || udd_live()->stale_count || layout->stale ||
 	       age > LAYOUT_AGE_S * 1000000000UL;
