@@ -105,6 +105,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._started = time.monotonic()
+        self._own_smaps = kernel.OwnSmaps()
         self.counters = Counters()
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
@@ -428,6 +429,7 @@ class Engine:
                 )
                 for image in (self.images or () if everything else ())
             ],
+            own=self._own_smaps,
             kernel=view,
         )
 
