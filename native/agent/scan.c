@@ -17,7 +17,7 @@ enum {
 	PART = 512,            // bytes of a page looked at first
 	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time …
 	LAYOUT_DEAR_NS = 20000000,
-	LAYOUT_DEAR_SHARE = 200, // … and so many where it takes longer than that: most of what has changed since are our own runs
+	LAYOUT_OWN_SHARE = 200, // … and so many where it takes longer than that for our own runs' sake
 	LAYOUT_AGE_S = 10,     // raw system calls change it too
 };
 
@@ -30,11 +30,19 @@ struct batch {
 	bool file;     // they are a file's, and can't change
 };
 
+// Of tens of thousands of mappings, with room for more, most are runs or what is left between two: reading all of them again finds
+// little that is new.
+static bool mostly_runs(const struct udd_layout *layout)
+{
+	return layout->read_cost > LAYOUT_DEAR_NS && layout->runs > layout->mappings / 4 &&
+	       layout->mappings < udd_live()->vma_limit / 4 * 3;
+}
+
 // Only if it has changed, and no more often than it is worth.
 static bool layout_is_due(const struct udd_layout *layout)
 {
 	uint64_t age = udd_now() - layout->read_at;
-	uint64_t share = layout->read_cost < LAYOUT_DEAR_NS ? LAYOUT_SHARE : LAYOUT_DEAR_SHARE;
+	uint64_t share = mostly_runs(layout) ? LAYOUT_OWN_SHARE : LAYOUT_SHARE;
 
 	if (age < layout->read_cost * share)
 		return false;
