@@ -12,6 +12,7 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -25,6 +26,7 @@
 
 #include "../common/uffd.h"
 #include "agent.h"
+#include "commit.h"
 #include "hints.h"
 #include "merged.h"
 #include "patch.h"
@@ -375,11 +377,11 @@ static void dissolve_all(struct udd_span span)
 
 		at = piece.end;
 		// One that can't be had stays merged, which is right too, only not what was hoped for. Of those that the kernel
-		// breaks by itself nobody knows which already did, so it breaks the rest as well; and a copy of the store's page
-		// would undo what is written to our own stack meanwhile.
+		// breaks by itself nobody knows which already did, so it breaks the rest as well; a copy of the store's page would
+		// undo what is written to our own stack meanwhile; and there may be no memory for it (commit.h).
 		if (run->broken)
 			continue;
-		if (run->armed && !is_own_stack(piece))
+		if (run->armed && !is_own_stack(piece) && udd_commit_allows(piece.end - piece.start))
 			udd_dissolve(piece, 0);
 		else
 			break_by_kernel(piece);
@@ -887,17 +889,33 @@ static bool may_interrupt(int number, void (*handler)(int))
 	return handler != SIG_DFL && handler != SIG_IGN && number > 0 && number < _NSIG && (signals_that_wait() & signal_bit(number));
 }
 
-// Every way in libc to install a handler leads here, except for the two signals of its own, whose handlers map nothing.
+static void end_calm(void)
+{
+	if (__atomic_load_n(&udd_agent.has_handlers, __ATOMIC_ACQUIRE))
+		return;
+	enter();
+	enter_exclusive();
+	__atomic_store_n(&udd_agent.has_handlers, true, __ATOMIC_RELEASE);
+	udd_lock_set_calm(&udd_live()->lock, false);
+	leave_exclusive();
+}
+
+// Every way in libc to install a handler leads here, except for the two signals of its own.
 static int hook_sigaction(int number, const struct sigaction *action, struct sigaction *old)
 {
-	if (action && may_interrupt(number, action->sa_handler) && !__atomic_load_n(&udd_agent.has_handlers, __ATOMIC_ACQUIRE)) {
-		enter();
-		enter_exclusive();
-		__atomic_store_n(&udd_agent.has_handlers, true, __ATOMIC_RELEASE);
-		udd_lock_set_calm(&udd_live()->lock, false);
-		leave_exclusive();
-	}
+	if (action && may_interrupt(number, action->sa_handler))
+		end_calm();
 	return original_sigaction(number, action, old);
+}
+
+static int (*original_cancel)(pthread_t);
+
+// One of those two ends a thread at whatever instruction, if the thread has said so (PTHREAD_CANCEL_ASYNCHRONOUS): not in a hook, or
+// what it holds would be held for ever. The other one's handler maps nothing.
+static int hook_cancel(pthread_t thread)
+{
+	end_calm();
+	return original_cancel(thread);
 }
 
 static bool find_handler(void)
@@ -967,6 +985,7 @@ static const struct {
 	{"_Fork", HOOK(hook_fork), &original_fork, LOCK_MAP, "children"},
 	{"clone", HOOK(hook_clone), &original_clone, LOCK_MAP, "children"},
 	{"sigaction", HOOK(hook_sigaction), &original_sigaction, LOCK_NONE, "signal handlers"},
+	{"pthread_cancel", HOOK(hook_cancel), &original_cancel, LOCK_NONE, "threads that end anywhere"},
 	{"read", HOOK(udd_hook_read), NULL, LOCK_NONE, "place hints"},
 	{"pread64", HOOK(udd_hook_pread), NULL, LOCK_NONE, "place hints"},
 	{"readv", HOOK(udd_hook_readv), NULL, LOCK_NONE, "place hints"},
@@ -982,7 +1001,10 @@ static const struct {
 	{"dup3", HOOK(udd_hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
 };
 
-enum { HOOKS = sizeof(hooks) / sizeof(hooks[0]) };
+enum {
+	HOOKS = sizeof(hooks) / sizeof(hooks[0]),
+	INTERRUPTING = 2, // those that learn of what may come in between
+};
 
 int udd_hooks_install(const char **missing)
 {
@@ -991,7 +1013,7 @@ int udd_hooks_install(const char **missing)
 	int ret = libc ? udd_patch_init(dlsym(libc, "munmap")) : -ENOENT;
 	struct udd_patch patches[HOOKS];
 	int errors[HOOKS];
-	bool knows_handlers = false;
+	unsigned interrupting = 0;
 
 	*missing = "libc";
 	if (ret)
@@ -1010,14 +1032,14 @@ int udd_hooks_install(const char **missing)
 			errors[i] = udd_patch_apply(&patches[i]);
 		if (!errors[i]) {
 			udd_agent.hooks |= 1UL << i;
-			knows_handlers |= hooks[i].hook == HOOK(hook_sigaction);
+			interrupting += hooks[i].hook == HOOK(hook_sigaction) || hooks[i].hook == HOOK(hook_cancel);
 		} else if (hooks[i].lock == LOCK_MAP && !ret) {
 			*missing = hooks[i].symbol;
 			ret = errors[i];
 		}
 	}
 	udd_patch_done();
-	if (knows_handlers)
+	if (interrupting == INTERRUPTING)
 		become_calm();
 	return ret;
 }

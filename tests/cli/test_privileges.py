@@ -5,7 +5,7 @@ import mmap
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -152,9 +152,29 @@ def namespace(tmp_path: Path) -> list[str]:
     return command
 
 
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    setting = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    before = setting.read_text()
+    setting.write_text("1")
+    yield
+    setting.write_text(before)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_an_ordinary_users_engine_serves_its_processes_without_the_device(tmp_path: Path, ledger: Ledger) -> None:
+    """Nor does it warn of a device that nobody needs."""
+    serves_its_processes(tmp_path, [], ledger)
+    assert "userfaultfd" not in (tmp_path / "log").read_text()
+
+
 def test_an_ordinary_users_engine_serves_its_processes(
     tmp_path: Path, namespace: Sequence[str], ledger: Ledger
 ) -> None:
+    serves_its_processes(tmp_path, namespace, ledger)
+
+
+def serves_its_processes(tmp_path: Path, namespace: Sequence[str], ledger: Ledger) -> None:
     """Where the system lets it: it keeps no capability at all, and two of its programs share their memory."""
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -178,7 +198,7 @@ def test_an_ordinary_users_engine_serves_its_processes(
     program = [*UDEDUP, "run", "--socket", str(folder / "socket"), "--", UDEDUP[0], "-c", holder, str(shared)]
     programs = []
     for _ in range(2):
-        (tmp_path / "userfaultfd").unlink()
+        (tmp_path / "userfaultfd").unlink(missing_ok=True)
         programs.append(
             subprocess.Popen([*become, *program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         )

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+#include "commit.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include "agent.h"
+#include "sys.h"
+
+enum { LOOK_NS = 10000000 }; // how old a look may be
+
+static int commit_fd = -1;
+static uint64_t looked_at;       // ns
+static uint32_t promises_freely; // 0 until it is known
+
+void udd_commit_open(void)
+{
+	commit_fd = (int)udd_sys(SYS_openat, AT_FDCWD, "/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
+	__atomic_store_n(&looked_at, 0, __ATOMIC_RELAXED);
+	udd_commit_look();
+}
+
+void udd_commit_look(void)
+{
+	uint64_t now = udd_now();
+	char mode = '2';
+
+	// Both threads may look, and find the same.
+	if (now - __atomic_load_n(&looked_at, __ATOMIC_RELAXED) < LOOK_NS)
+		return;
+	__atomic_store_n(&looked_at, now, __ATOMIC_RELAXED);
+	if (udd_sys(SYS_pread64, commit_fd, &mode, 1, 0) != 1)
+		mode = '2';
+	__atomic_store_n(&promises_freely, mode == '0' || mode == '1', __ATOMIC_RELAXED);
+}
+
+bool udd_commit_strict(void)
+{
+	return !__atomic_load_n(&promises_freely, __ATOMIC_RELAXED);
+}
+
+bool udd_commit_allows(uint64_t bytes)
+{
+	long tried;
+
+	if (udd_commit_strict())
+		return false;
+	tried = udd_sys(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (udd_failed(tried))
+		return false;
+	udd_sys(SYS_munmap, tried, bytes);
+	return true;
+}
