@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.engine import UDEDUP, Engine, read_line
@@ -116,10 +117,13 @@ def test_engine_of_root_sees_the_memory_of_others(engine_factory: Callable[..., 
     engine = engine_factory("--socket-mode", "666", "--sleep-millisecs", "0", mount=False)
     open_way(engine.socket.parent)
     holders = [engine.wrap(*as_nobody(), "sh", "-c", "read line", stdin=subprocess.PIPE) for _ in range(2)]
-    status = engine.wait_until(
-        "two agents of uid 65534", lambda status: [a["uid"] for a in status["agents"]] == [NOBODY] * 2
-    )
-    assert status["kernel"]["unreadable"] == 0
+
+    def seen(status: dict[str, Any]) -> bool:
+        # They join before and after each `exec`; between these they are nobody's.
+        agents = [(agent["uid"], agent["command"]) for agent in status["agents"]]
+        return agents == [(NOBODY, "sh -c read line")] * 2 and status["kernel"]["unreadable"] == 0
+
+    status = engine.wait_until("two agents of uid 65534, with their memory", seen)
     assert status["kernel"]["pss_bytes"] > status["memory"]["engine"]
     for holder in holders:
         holder.communicate(b"\n", timeout=20)
