@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: MIT
-// What the kernel promises (vm.overcommit_memory). With 2, strict, it may refuse a process every further page, and mremap() does so
-// after it has unmapped what it was to replace: the program's page would be gone. So merged pages are then broken by the
-// kernel's own copy-on-write, whose copies were promised when the store was mapped.
+// What memory the kernel still gives this process. It may refuse every further page: with vm.overcommit_memory=2, when all is
+// promised, and when the process has limited itself to less than it has (RLIMIT_AS, RLIMIT_DATA). mremap() refuses after it has
+// unmapped what it was to replace, and the program's page would be gone. So merged pages are then broken by the kernel's
+// own copy-on-write, whose copies were promised when the store was mapped.
+//
+// Under the map lock, which whoever changes the limits takes too, unless that is another process, or past the hooks.
 #ifndef UDD_COMMIT_H
 #define UDD_COMMIT_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-// Opens the setting, for the agent's threads. Where it can't be read, it is taken for strict.
+// Opens the setting, for the agent's threads. Where it can't be read, the kernel is taken for strict.
 void udd_commit_open(void);
-// Looks at the setting, unless that was done just now. Threads of the agent only.
+// Looks how things are, for the time that the lock is held. Threads of the agent only.
 void udd_commit_look(void);
-// Whether it was strict at the last look; any thread.
+// Whether the kernel was strict at the last look; any thread.
 bool udd_commit_strict(void);
 // Whether the application's threads, which have not looked, may count on the kernel for so many bytes: it was not strict, and
 // has them now.

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/shm.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -352,18 +353,19 @@ static bool is_own_stack(struct udd_span span)
 }
 
 // Has the kernel copy merged pages where they are, whatever they hold by now. Where they are protected, the fault thread serves
-// us as the lock's owner, and leaves notes that must not run out of room.
-static void break_by_kernel(struct udd_span span)
+// us as the lock's owner, and leaves notes that must not run out of room. False if some could not be copied.
+static bool break_by_kernel(struct udd_span span)
 {
 	while (!udd_span_empty(span)) {
 		struct udd_span part = {span.start, udd_min(span.end, span.start + udd_bytes(UDD_UNSETTLED_SLOTS / 4))};
 
 		if (udd_failed(udd_sys(SYS_madvise, part.start, part.end - part.start, MADV_POPULATE_WRITE)))
-			return;
+			return false;
 		udd_settle();
 		udd_broke_in_place(part);
 		span.start = part.end;
 	}
+	return true;
 }
 
 // Makes what is merged in `span` private; the lock is held exclusively.
@@ -475,9 +477,25 @@ static struct udd_span alike_from(const struct udd_run_entry *run, struct udd_sp
 	return ret;
 }
 
-// Drops the contents of `span`: merged pages become fresh memory, the gaps between them get the application's advice.
-static long discard(struct udd_span span, int advice)
+// Where there is no room for fresh memory in the place of merged pages, they are broken where they are, and zero from then on.
+static bool can_wipe(const struct udd_run_entry *run, int advice)
 {
+	return (run->protection & PROT_WRITE) && advice != MADV_GUARD_INSTALL;
+}
+
+static long wipe(struct udd_span span)
+{
+	if (!break_by_kernel(span))
+		return -ENOMEM;
+	memset(udd_pointer(span.start), 0, span.end - span.start);
+	return 0;
+}
+
+// Drops the contents of the first part of `span`, as far as one can say in one go which runs are none any more: merged pages become
+// fresh memory, the gaps between them get the application's advice. *end: where the part ends.
+static long discard(struct udd_span span, int advice, uint64_t *end)
+{
+	struct udd_span wiped = {span.end, span.end};
 	struct udd_runs *runs = &udd_agent.runs;
 	uint64_t at = span.start;
 	bool hole = false;
@@ -494,20 +512,28 @@ static long discard(struct udd_span span, int advice)
 			break;
 		at = merged.start;
 		ret = udd_map_like(run, merged);
+		if (udd_failed(ret) && can_wipe(run, advice)) {
+			wiped = merged;
+			ret = 0;
+			break;
+		}
 		if (!udd_failed(ret))
 			at = merged.end;
 		if (!udd_failed(ret) && advice == MADV_GUARD_INSTALL)
 			ret = udd_sys(SYS_madvise, merged.start, merged.end - merged.start, advice);
 	}
 	if (!udd_failed(ret))
-		ret = advise_gap((struct udd_span){at, span.end}, advice, &hole);
+		ret = advise_gap((struct udd_span){at, wiped.start}, advice, &hole);
 	// All at once, and no more than was replaced.
 	udd_test_count(UDD_TEST_DISCARDED, udd_runs_pages(runs, (struct udd_span){span.start, at}));
 	udd_forget((struct udd_span){span.start, at});
+	if (!udd_failed(ret))
+		ret = wipe(wiped);
+	*end = wiped.end;
 	return !udd_failed(ret) && hole ? -ENOMEM : ret;
 }
 
-// The same where there may be merged pages of files: without them the kernel finds the store's, which are the same.
+// All of it, also where there may be merged pages of files: without them the kernel finds the store's, which are the same.
 static long discard_all(struct udd_span span, int advice)
 {
 	struct udd_runs *runs = &udd_agent.runs;
@@ -525,7 +551,7 @@ static long discard_all(struct udd_span span, int advice)
 			ret = udd_sys(SYS_madvise, piece.start, piece.end - piece.start, advice);
 		} else {
 			piece.end = run ? run->address : span.end;
-			ret = discard(piece, advice);
+			ret = discard(piece, advice, &piece.end);
 			hole |= ret == -ENOMEM;
 			ret = ret == -ENOMEM ? 0 : ret;
 		}
@@ -952,6 +978,24 @@ static void become_calm(void)
 	leave_exclusive();
 }
 
+// ---- limits ----
+
+// Not while merged memory is replaced by what the limits must allow (commit.h).
+static int hook_prlimit(pid_t pid, int resource, const struct rlimit *wanted, struct rlimit *old)
+{
+	long ret;
+
+	enter();
+	ret = udd_sys(SYS_prlimit64, pid, resource, wanted, old);
+	leave();
+	return (int)udd_as_errno(ret);
+}
+
+static int hook_setrlimit(int resource, const struct rlimit *wanted)
+{
+	return hook_prlimit(0, resource, wanted, NULL);
+}
+
 // ---- the table ----
 
 enum hook_lock {
@@ -986,6 +1030,8 @@ static const struct {
 	{"clone", HOOK(hook_clone), &original_clone, LOCK_MAP, "children"},
 	{"sigaction", HOOK(hook_sigaction), &original_sigaction, LOCK_NONE, "signal handlers"},
 	{"pthread_cancel", HOOK(hook_cancel), &original_cancel, LOCK_NONE, "threads that end anywhere"},
+	{"setrlimit64", HOOK(hook_setrlimit), NULL, LOCK_MAP, "limits of memory"},
+	{"prlimit64", HOOK(hook_prlimit), NULL, LOCK_MAP, "limits of memory"},
 	{"read", HOOK(udd_hook_read), NULL, LOCK_NONE, "place hints"},
 	{"pread64", HOOK(udd_hook_pread), NULL, LOCK_NONE, "place hints"},
 	{"readv", HOOK(udd_hook_readv), NULL, LOCK_NONE, "place hints"},

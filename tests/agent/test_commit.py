@@ -1,4 +1,4 @@
-"""A kernel that promises no more memory than it has (vm.overcommit_memory=2): no page is lost when it promises none."""
+"""No page is lost when the kernel gives no more memory: vm.overcommit_memory=2, and limits a process sets itself."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from agent.conftest import Wrapper
 
+CASES = ("writes", "calls", "limited-addresses", "limited-data")
 PROGRAM = Path(__file__).parent / "programs" / "commit.c"
 SETTINGS = Path("/proc/sys/vm")
 LIMIT_KB = 3 << 29
@@ -36,11 +37,11 @@ def program(compile_c: Callable[..., Path]) -> Path:
     return compile_c(PROGRAM, "-Inative")
 
 
-@pytest.mark.parametrize("case", ["writes", "calls"])
-def test_merged_memory_at_the_commit_limit(wrapped: Wrapper, program: Path, case: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_merged_memory_at_the_limit(wrapped: Wrapper, program: Path, case: str) -> None:
     wrapped.check(program, case)
 
 
-@pytest.mark.parametrize("case", ["writes", "calls"])
+@pytest.mark.parametrize("case", CASES)
 def test_expectations_hold_without_an_agent(bare: Wrapper, program: Path, case: str) -> None:
     bare.check(program, case)

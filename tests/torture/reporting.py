@@ -76,9 +76,8 @@ def kinds_table(instances: list[dict[str, Any]]) -> list[str]:
             for cost in COSTS:
                 kinds.setdefault(name, {}).setdefault(cost, Counter()).update(costs[cost]["histogram"])
                 most[name, cost] = max(most.get((name, cost), 0.0), costs[cost]["max_us"] / 1e3)
-    kinds["all together"] = {
-        cost: sum((histograms[cost] for histograms in kinds.values()), Counter[str]()) for cost in COSTS
-    }
+    whole = [histograms for name, histograms in kinds.items() if not name.startswith("one ")]
+    kinds["all together"] = {cost: sum((histograms[cost] for histograms in whole), Counter[str]()) for cost in COSTS}
     lines = [" " * 28 + "".join(f"{title:>22}" for title in COSTS.values())]
     lines.append(f"{'operation, ms':<17} {'count':>10}" + f"{'p99.99':>12}{'max':>10}" * len(COSTS))
     for name, histograms in kinds.items():

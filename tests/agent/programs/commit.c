@@ -6,6 +6,8 @@
 // that, nothing is left below it (vm.user_reserve_kbytes; the test sets both).
 #include "merged.h"
 
+#include <sys/resource.h>
+
 enum { PAGES = 512 };
 
 static void set_mode(char mode)
@@ -89,7 +91,49 @@ static void calls(void)
 	check(intact(twin, PAGES, 1, WHOLE, 1));
 }
 
+// The process limits itself to less than it has already (RLIMIT_AS, RLIMIT_DATA): nothing more is to be had from then on.
+static void limited(int resource)
+{
+	struct rlimit limit = {.rlim_cur = 1 << 20, .rlim_max = RLIM_INFINITY};
+	char *twin;
+	char *at = merged(PAGES, 1, WHOLE, &twin);
+
+	check(setrlimit(resource, &limit) == 0);
+	for (size_t page = 0; page < PAGES; page += 8)
+		write_to(at, page, 2);
+	for (size_t page = 0; page < PAGES; page++)
+		check(page_is(at + page * PAGE, page % 8 ? 1 : 2, page));
+	for (size_t page = 0; page < PAGES; page++)
+		write_to(at, page, 3);
+	check(intact(at, PAGES, 3, WHOLE, 0));
+	check(mprotect(twin, PAGES / 2 * PAGE, PROT_READ | PROT_WRITE | PROT_EXEC) == 0);
+	for (int turn = 0; turn < 2; turn++) {
+		check(madvise(twin, PAGE, MADV_DONTNEED) == 0);
+		check(madvise(twin + (PAGES - 3) * PAGE, 2 * PAGE, MADV_DONTNEED) == 0);
+		check(is_zero(twin, 1) && is_zero(twin + (PAGES - 3) * PAGE, 2));
+		check(intact_from(twin + PAGE, 1, PAGES - 4, 1, WHOLE, 1));
+		check(page_is(twin + (PAGES - 1) * PAGE, 1, PAGES - 1));
+		// What is private by now is dropped as well.
+		write_to(twin, 0, 5);
+		write_to(twin, PAGES - 2, 5);
+	}
+	check(madvise(twin, PAGES * PAGE, MADV_DONTNEED) == 0);
+	check(is_zero(twin, PAGES));
+}
+
+static void limited_addresses(void)
+{
+	limited(RLIMIT_AS);
+}
+
+static void limited_data(void)
+{
+	limited(RLIMIT_DATA);
+}
+
 static const struct test_case cases[] = {
+	{"limited-addresses", limited_addresses},
+	{"limited-data", limited_data},
 	{"writes", writes},
 	{"calls", calls},
 };
