@@ -43,7 +43,7 @@ static bool is_unlimited(int resource)
 	return udd_sys(SYS_prlimit64, 0, resource, NULL, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
 }
 
-static bool has_room(uint64_t bytes)
+bool udd_commit_has_room(uint64_t bytes)
 {
 	long tried = udd_sys(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
@@ -59,7 +59,7 @@ void udd_commit_look(void)
 
 	look_at_mode();
 	ret = __atomic_load_n(&promises_freely, __ATOMIC_RELAXED) &&
-	      ((is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA)) || has_room(udd_bytes(UDD_STAGING_PAGES)));
+	      ((is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA)) || udd_commit_has_room(udd_bytes(UDD_STAGING_PAGES)));
 	__atomic_store_n(&generous, ret, __ATOMIC_RELAXED);
 }
 
@@ -70,5 +70,5 @@ bool udd_commit_strict(void)
 
 bool udd_commit_allows(uint64_t bytes)
 {
-	return !udd_commit_strict() && has_room(bytes);
+	return !udd_commit_strict() && udd_commit_has_room(bytes);
 }

@@ -477,6 +477,14 @@ static struct udd_span alike_from(const struct udd_run_entry *run, struct udd_sp
 	return ret;
 }
 
+// 0 or a negative errno, and then nothing has changed.
+static long map_fresh(const struct udd_run_entry *run, struct udd_span span)
+{
+	if (udd_commit_strict() && !udd_commit_has_room(span.end - span.start))
+		return -ENOMEM;
+	return udd_map_like(run, span);
+}
+
 // Where there is no room for fresh memory in the place of merged pages, they are broken where they are, and zero from then on.
 static bool can_wipe(const struct udd_run_entry *run, int advice)
 {
@@ -511,7 +519,7 @@ static long discard(struct udd_span span, int advice, uint64_t *end)
 		if (udd_failed(ret))
 			break;
 		at = merged.start;
-		ret = udd_map_like(run, merged);
+		ret = map_fresh(run, merged);
 		if (udd_failed(ret) && can_wipe(run, advice)) {
 			wiped = merged;
 			ret = 0;

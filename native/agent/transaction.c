@@ -787,7 +787,8 @@ void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 		ret->gone = all;
 		return;
 	}
-	if (mappings_now() + VMAS_PER_RUN > udd_live()->vma_limit) {
+	if (mappings_now() + VMAS_PER_RUN > udd_live()->vma_limit ||
+	    (udd_commit_strict() && !udd_commit_has_room(udd_bytes(run->pages)))) {
 		ret->no_vma = all;
 		return;
 	}

@@ -9,8 +9,9 @@ import trio
 import trio.testing
 
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace, ScanTimeTarget
+from udedup.engine.meanwhile import PROMPT_SECONDS
 from udedup.engine.policies import POLICIES, Policy
-from udedup.engine.scheduler import PROMPT_SECONDS, QUIET_SECONDS, TOGETHER_SECONDS, Scheduler, Step
+from udedup.engine.scheduler import QUIET_SECONDS, TOGETHER_SECONDS, Scheduler, Step
 
 PAGES = 100
 

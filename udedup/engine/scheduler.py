@@ -24,6 +24,7 @@ import trio
 from udedup.engine.advisor import Pace
 from udedup.engine.calm import Calm
 from udedup.engine.lending import Lending
+from udedup.engine.meanwhile import Meanwhile
 from udedup.engine.policies import Policy
 
 REST_FIRST = 0.02
@@ -50,9 +51,6 @@ does, and any where hints need not wait for their share of the rate."""
 
 TOGETHER_PAGES = 8000
 """The spurts of about so many pages are done without a look at whether hints have come."""
-
-PROMPT_SECONDS = 0.001
-"""A step of the linear scan that takes longer, s, has hints served meanwhile. Most are over before."""
 
 ROUNDING = 0.01
 """Part of a spurt that a clock may be short of."""
@@ -133,6 +131,7 @@ class Scheduler:
         """Of the pages that hints had in this spurt, and left to the scan: they are theirs again if hints come."""
         self._lending = Lending()
         self._calm = Calm()
+        self._meanwhile = Meanwhile(self._serve_meanwhile)
         self._between = trio.CancelScope()
         """Around what is waited for between spurts."""
 
@@ -146,6 +145,12 @@ class Scheduler:
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            if self._policy.hint_runs:
+                nursery.start_soon(self._meanwhile.run)
+            await self._go_on()
+
+    async def _go_on(self) -> None:
         self._begin_round(trio.current_time())
         self._round_cpu = self._workload.cpu_seconds
         due = 1
@@ -202,7 +207,8 @@ class Scheduler:
         """Takes the linear scan on by so many pages; returns how many rounds ended."""
         rounds = 0
         while left > 0:
-            step = await self._step(left)
+            with self._meanwhile.step():
+                step = await self._workload.scan(left)
             self._round_visited += step.visited
             matched = self._workload.matched_scanned
             self._lending.scan.note(step.visited, matched)
@@ -224,18 +230,8 @@ class Scheduler:
             self._end_round()
         return rounds
 
-    async def _step(self, pages: int) -> Step:
-        """A part of the linear scan; hints that come while it waits for somebody don't wait with it."""
-        async with trio.open_nursery() as nursery:
-            if self._policy.hint_runs:
-                nursery.start_soon(self._serve_meanwhile)
-            step = await self._workload.scan(pages)
-            nursery.cancel_scope.cancel()
-        return step
-
     async def _serve_meanwhile(self) -> None:
-        """Serves hints while a step lasts long. The scan has their pages back later."""
-        await trio.sleep(PROMPT_SECONDS)
+        """Serves hints beside a step of the scan that waits for somebody. The scan has their pages back later."""
         while pages := self._room_meanwhile():
             await self._workload.wait_for_change(hints=True)
             # Once taken, they have to be charged.

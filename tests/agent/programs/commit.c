@@ -38,6 +38,15 @@ static void write_to(char *at, size_t page, uint64_t tag)
 	fill_page(at + page * PAGE, tag, page);
 }
 
+// Moves memory that merging has cut in pieces. Refused or not, every page is where it belongs.
+static void move_pieces(char *at, char *place, uint64_t tag)
+{
+	char *moved = mremap(at, PAGES * PAGE, PAGES * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place);
+
+	check(moved != MAP_FAILED || errno == ENOMEM);
+	check(intact(moved == MAP_FAILED ? at : moved, PAGES, tag, CUT, 0));
+}
+
 // Lone pages first, then all in order.
 static void writes(void)
 {
@@ -69,10 +78,13 @@ static void calls(void)
 	const size_t part = PAGES / 4 * PAGE;
 	char *twin;
 	char *at = merged(PAGES, 1, WHOLE, &twin);
+	char *pieces = merged(PAGES, 7, CUT, NULL);
+	char *place = plain(PAGES);
 
 	reserve_addresses();
 	set_mode('2');
 	check(nothing_left());
+	move_pieces(pieces, place, 7);
 	check(mprotect(at, part, PROT_READ | PROT_WRITE | PROT_EXEC) == 0);
 	check(madvise(at + part, part, MADV_DONTNEED) == 0);
 	check(mprotect(at + 2 * part, part, PROT_READ) == 0);
@@ -97,8 +109,11 @@ static void limited(int resource)
 	struct rlimit limit = {.rlim_cur = 1 << 20, .rlim_max = RLIM_INFINITY};
 	char *twin;
 	char *at = merged(PAGES, 1, WHOLE, &twin);
+	char *pieces = merged(PAGES, 7, CUT, NULL);
+	char *place = plain(PAGES);
 
 	check(setrlimit(resource, &limit) == 0);
+	move_pieces(pieces, place, 7);
 	for (size_t page = 0; page < PAGES; page += 8)
 		write_to(at, page, 2);
 	for (size_t page = 0; page < PAGES; page++)
