@@ -122,6 +122,15 @@ class Counters:
     agents_dropped: int = 0
     """Agents that lied, or did not answer."""
 
+    agents_silent: int = 0
+    """Of these: those that did not answer."""
+
+    connections_refused: int = 0
+    """Connections that did not get to join or to ask: nonsense, another version, a label not allowed, too many."""
+
+    requests_refused: int = 0
+    """Control requests that were none."""
+
     segments_retired: int = 0
     """Segments."""
 
@@ -219,7 +228,16 @@ class AgentsStatus(msgspec.Struct, frozen=True):
 
     joined: int
     dropped: int
-    """Those that lied, or did not answer."""
+    """Those that lied, or did not answer …"""
+    silent: int
+    """… and of these, those that did not answer."""
+
+
+class RefusedStatus(msgspec.Struct, frozen=True):
+    """What was not even begun; see Counters."""
+
+    connections: int
+    requests: int
 
 
 class PressureStatus(msgspec.Struct, frozen=True):
@@ -360,6 +378,7 @@ class Status(msgspec.Struct, frozen=True):
     index: IndexStatus
     blocks: BlockStatus
     agents_total: AgentsStatus
+    refused: RefusedStatus
     pressure: PressureStatus
     kernel: KernelStatus | None
     """None if the request left it out."""

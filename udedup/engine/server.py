@@ -59,6 +59,7 @@ from udedup.engine.wire import (
     AgentError,
     Hello,
     OtherVersionError,
+    SilentError,
     parse_hello,
     refusal,
     welcome,
@@ -185,6 +186,7 @@ class Engine:
                 if self._guests.comes(peer.uid):
                     nursery.start_soon(self._serve, sock, peer)
                 else:
+                    self.counters.connections_refused += 1
                     sock.close()
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -196,7 +198,7 @@ class Engine:
             # Not earlier: who is refused before it said hello can't read why.
             self._guests.check_room(peer.uid)
             if packet.startswith(b"{"):
-                await Client(sock, peer, self._perform).serve(packet)
+                await Client(sock, peer, self._perform, self.counters).serve(packet)
             elif packet:
                 hello = parse_hello(packet)
                 if not await self._guests.turn(peer.uid, JOIN_SECONDS):
@@ -228,6 +230,7 @@ class Engine:
                 sock.close()
 
     def _refuse(self, sock: socket.socket, reason: str) -> None:
+        self.counters.connections_refused += 1
         try:
             send(sock, refusal(lib.UDD_REFUSED, reason), [])
         except OSError as error:
@@ -251,6 +254,7 @@ class Engine:
         except AgentError as error:
             farewell = str(error)
             self.counters.agents_dropped += 1
+            self.counters.agents_silent += isinstance(error, SilentError)
             log.log(self._guests.heard_of(peer.uid), "%s dropped: %s", agent, error)
         finally:
             if farewell is not None:
