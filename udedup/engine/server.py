@@ -410,6 +410,7 @@ class Engine:
             counters=self.counters if everything else Counters(),
             uptime=time.monotonic() - self._started,
             pages_to_scan=self.pace.pages_to_scan,
+            vma_limit=self._vma_limit,
             hints=self.hints,
             everything=everything,
             pressure=self.pressure if self.pressure_files else None,
