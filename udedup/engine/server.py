@@ -377,14 +377,14 @@ class Engine:
                 clients.require_owner(peer, "making or changing clones")
                 return await self._clone(request)
             case UnmergeRequest(pid=pid):
-                return await self._unmerge(self._chosen(pid, peer))
+                return await self._unmerge(self._chosen(pid, peer, "unmerging"))
             case PauseRequest(pid=pid):
-                chosen = self._chosen(pid, peer)
+                chosen = self._chosen(pid, peer, "pausing")
                 for agent in chosen:
                     agent.paused = agent.paused or "paused on request"
                 return len(chosen)
             case MergeRequest(pid=pid):
-                chosen = self._chosen(pid, peer)
+                chosen = self._chosen(pid, peer, "resuming")
                 for agent in chosen:
                     agent.paused = ""
                 return len(chosen)
@@ -430,17 +430,17 @@ class Engine:
             kernel=view,
         )
 
-    def _chosen(self, pid: int | None, peer: Peer) -> list[Agent]:
-        """Agents a request is about. Raises UdedupError if they are not the asker's business."""
+    def _chosen(self, pid: int | None, peer: Peer, what: str) -> list[Agent]:
+        """Agents a request is about. Raises UdedupError if doing ``what`` to them is not the asker's business."""
         if pid is None:
-            clients.require_owner(peer, "unmerging all processes")
+            clients.require_owner(peer, f"{what} all processes")
             return self.agents
         chosen = [agent for agent in self.agents if agent.peer.pid == pid]
         if not chosen:
             raise UdedupError(f"no wrapped process has pid {pid}: see `udedup status`")
         for agent in chosen:
             if peer.uid != agent.peer.uid:
-                clients.require_owner(peer, f"unmerging a process of uid {agent.peer.uid}")
+                clients.require_owner(peer, f"{what} a process of uid {agent.peer.uid}")
         return chosen
 
     async def _unmerge(self, agents: Sequence[Agent]) -> int:
