@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, privileges, psi, reload, report
+from udedup.engine import clients, dump, kernel, maplimit, privileges, psi, reload, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -591,10 +591,12 @@ async def run_engine(
     *,
     on_ready: Callable[[Ready], None],
     reloads: AsyncIterable[EngineConfig] | None = None,
+    dumps: AsyncIterable[object] | None = None,
 ) -> None:
     """Runs an engine until cancelled; ``on_ready`` is called once the socket and the mount serve.
 
-    ``reloads`` brings other settings while it runs (see ``udedup.engine.reload``).
+    ``reloads`` brings other settings while it runs (see ``udedup.engine.reload``), and each of ``dumps`` has it write
+    what it is at into its state directory, if it has one (see ``udedup.engine.dump``).
     At the end the mount and the socket file are gone, and agents are left merged and on their own. Raises UdedupError
     (perhaps in an exception group) for what a person can put right.
     """
@@ -637,6 +639,8 @@ async def run_engine(
             nursery.start_soon(config.service.show_life)
             if reloads is not None:
                 nursery.start_soon(reload.follow, reloads, engine, scheduler)
+            if dumps is not None and config.state_dir is not None:
+                nursery.start_soon(dump.follow, dumps, engine, config.state_dir)
             with config.service.serving():
                 await trio.sleep_forever()
 
