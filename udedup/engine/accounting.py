@@ -337,6 +337,8 @@ class LimitStatus(msgspec.Struct, frozen=True):
     """Of one processor, for engine and agents together; None: no limit."""
     hint_slots: int
     """Pages on the hint stack."""
+    vmas: int
+    """Mappings of one process, from which on nothing more is merged in it."""
 
 
 class Status(msgspec.Struct, frozen=True):

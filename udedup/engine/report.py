@@ -73,6 +73,7 @@ def status(
     counters: Counters,
     uptime: float,
     pages_to_scan: int,
+    vma_limit: int,
     hints: HintStack,
     everything: bool,
     pressure: PressureState | None,
@@ -84,8 +85,8 @@ def status(
 ) -> Status:
     """Everything about these agents and domains.
 
-    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``everything``: the asker may know what the
-    hint stack holds of all; ``pressure``: None if it isn't watched.
+    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``vma_limit``: of each process; ``everything``:
+    the asker may know what the hint stack holds of all; ``pressure``: None if it isn't watched.
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -119,6 +120,7 @@ def status(
             sleep_millisecs=config.sleep_millisecs,
             cpu_percent=None if config.advisor is None else config.advisor.max_cpu,
             hint_slots=config.hint_slots,
+            vmas=vma_limit,
         ),
         zero_pages=zero,
         bytes_saved=saved,
