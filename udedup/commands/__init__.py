@@ -9,6 +9,7 @@ from typing import Protocol
 
 from udedup.commands import (
     clone,
+    comparison,
     completion,
     config,
     doctor,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "index": index,
     "status": status,
     "unmerge": unmerge,
+    "report": comparison,
     "doctor": doctor,
     "config": config,
     "completion": completion,
