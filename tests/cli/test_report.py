@@ -4,18 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from record.conftest import row
 from support.engine import udedup
 
+from udedup.cli import main
 from udedup.record.recording import About, Recording
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A recording of two samples."""
-    import numpy as np
-
     rows = [row(0.0, 0, 0), row(1.0, 10, 20, visits=40)]
     file = tmp_path / "one" / "ours.parquet"
     file.parent.mkdir()
@@ -34,11 +34,11 @@ def test_page(run: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert "<title>A &amp; B</title>" in text
     assert all(f">{label}</label>" in text for label in ("one/ours", "two/ours", "mine"))
-    assert udedup("report", run, "-o", page).returncode == 0
+    assert main(["report", str(run), "-o", str(page)]) == 0
     assert ">ours</label>" in page.read_text()
 
 
-def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     (tmp_path / "text.parquet").write_text("no")
     for argv, reason in (
@@ -51,9 +51,10 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
         ((run, "-o", tmp_path / "none" / "page.html"), f"{tmp_path}/none/page.html: can't be written: No such file"),
         ((run, "-o", tmp_path), f"{tmp_path}: can't be written: Is a directory"),
     ):
-        done = udedup("report", *argv)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), argv
-        assert done.stderr.startswith(f"udedup: {reason}")
+        status = main(["report", *map(str, argv)])
+        output, errors = capsys.readouterr()
+        assert (status, output, errors.count("\n")) == (1, "", 1), argv
+        assert errors.startswith(f"udedup: {reason}")
         assert not page.exists()
     Recording.read(run)
 

@@ -28,8 +28,8 @@ def recordings() -> dict[str, Recording]:
                 min(speed * second, 9000),
                 speed * second,
                 opportunity=10000,
-                visits=4 * speed * second,
-                cpu_engine=speed * second * 1e-5,
+                visits=speed * second * (10 + second),
+                cpu_engine=speed * second**2 * 1e-6,
                 pss=(200 << 20) - min(speed * second, 9000) * 4096,
             )
             for second in range(60)
@@ -107,7 +107,7 @@ def test_in_a_browser(recordings: dict[str, Recording], file: Path, tmp_path: Pa
         assert labels == [panel.title for panel in PANELS]
         for number in range(5):
             for panel in PANELS:
-                assert min(shown(panel.name, number)) > 50, (panel.name, number)
+                assert min(shown(panel.name, number)) > 5, (panel.name, number)
         page.screenshot(tmp_path / "page.png")
         picture = imread(tmp_path / "page.png")[:, :, :3]
         for number, (_, style) in enumerate(styled(recordings)):
@@ -134,5 +134,5 @@ def test_the_browser_tells_what_goes_wrong(tmp_path: Path, ledger: Ledger) -> No
     file = tmp_path / "bad.html"
     file.write_text("<!doctype html><img src='none.png'><script>throw Error('as tests do')</script>")
     with browser.opened(file, tmp_path / "browser", ledger) as page:
-        assert "as tests do" in page.troubles[0]
+        assert any("as tests do" in trouble for trouble in page.troubles)
         assert page.requests == [file.as_uri(), (tmp_path / "none.png").as_uri()]

@@ -33,7 +33,7 @@ class Figure:
 
 
 def _pages(count: float) -> str:
-    return f"{count:,.0f} pages, {count * PAGE / MIB:,.1f} MiB"
+    return f"{count * PAGE / MIB:,.1f} MiB"
 
 
 def _seconds(value: float) -> str:

@@ -66,6 +66,9 @@ class Panel:
     from_zero: bool = False
     """Whether the y axis begins at 0."""
 
+    over_time: bool = True
+    """Whether the x axis is seconds since the recording began; else ``draw`` says what it is."""
+
 
 def draw(recordings: Mapping[str, Recording], title: str) -> Figure:
     """All panels; each recording has a style of its own. The keys are their labels. Raises UdedupError if too many."""
@@ -122,14 +125,16 @@ def _fill(panel: Panel, axes: Axes, recordings: Mapping[str, Recording]) -> None
     if panel.from_zero:
         # Not before all is drawn: the upper end would stay where it is then.
         axes.set_ylim(bottom=0)
-    axes.set_ylabel(panel.axis)
+    if panel.over_time:
+        axes.set_xlim(left=0)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel(panel.axis)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _sharing(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     seconds = recording.column("seconds")
-    axes.set_xlabel("seconds")
     yield from axes.plot(seconds, recording.column("sharing"), lw=1.8, color=style.color, ls=style.line)
     yield from axes.plot(seconds, recording.column("opportunity"), color=style.color, ls=":", lw=1.1)
     for at in recording.about.marks.values():
@@ -151,7 +156,6 @@ def _visits(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     visits, merges = recording.column("visits"), recording.column("merges")
     visits = visits - visits[0]
     some = (merges > 0) & (visits > 0)
-    axes.set_xlabel("seconds")
     if some.any():
         axes.set_yscale("log")
         quotient = visits[some] / merges[some]
@@ -164,12 +168,10 @@ def _cpu(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     before = np.searchsorted(seconds, seconds - MOVING_SECONDS)
     span = np.maximum(seconds - seconds[before], 1e-9)
     share = np.where(span > MOVING_SECONDS / 2, (cpu - cpu[before]) / span * 100, np.nan)
-    axes.set_xlabel("seconds")
     yield from axes.plot(seconds, share, color=style.color, ls=style.line)
 
 
 def _pss(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
-    axes.set_xlabel("seconds")
     yield from axes.plot(recording.column("seconds"), recording.column("pss") / MIB, color=style.color, ls=style.line)
 
 
@@ -190,6 +192,7 @@ PANELS: Final = (
         "How long a page had held what another one holds when it was merged: the further left and up, the earlier. "
         "Not finer than the pause between two samples.",
         _latency,
+        over_time=False,
     ),
     Panel(
         "visits",
