@@ -172,6 +172,7 @@ OTHER = {
     "image": "web=/x",
     "image-format": "raw",
     "log-level": "debug",
+    "metrics-group": "0",
     "policy": "eager",
     "pressure": "off",
     "shared-domain": "web",
