@@ -25,8 +25,9 @@ PREFIX: Final = "udedup_"
 LEAD_EXPONENTS: Final = range(20, 41)
 """The lead times' buckets end at these powers of two, ns: 1 ms to 18 minutes."""
 
-SAMPLES_AT_ONCE: Final = 200
-"""So many take about a millisecond."""
+BYTES_AT_ONCE: Final = 4096
+ROWS_AT_ONCE: Final = 100
+"""After a piece of that length, or so many rows, others have their turn."""
 
 LEVELS: Final = ("off", "none", "some", "full")
 """Of memory pressure."""
@@ -180,36 +181,33 @@ def image_labels(image: ImageStatus) -> dict[str, str]:
     return {"image": image.name, "format": image.format}
 
 
-def families(status: Status, lead_times: LeadTimes) -> Iterator[Metric]:
-    """All metrics, one after the other."""
+async def render(status: Status, lead_times: LeadTimes) -> bytes:
+    """The text of all metrics; others have their turn of the loop every now and then."""
+    parts = []
+    for part in _texts(status, lead_times):
+        parts.append(part)
+        if not part or len(part) >= BYTES_AT_ONCE:
+            await trio.lowlevel.checkpoint()
+    return b"".join(parts)
+
+
+def _texts(status: Status, lead_times: LeadTimes) -> Iterator[bytes]:
+    """One metric after the other."""
     info = {"version": version("udedup"), "policy": status.policy, "pid": str(status.pid)}
-    yield InfoMetricFamily(f"{PREFIX}engine", "The engine.", value=info)
+    yield _text(InfoMetricFamily(f"{PREFIX}engine", "The engine.", value=info))
     for family in ENGINE:
         metric = _metric(family, [family.label] if family.label else [])
         for value, field in family.by_label.items():
             shown = attrgetter(field)(status)
             if shown is not None:
                 metric.add_metric([value] if family.label else [], shown * family.scale)
-        yield metric
-    yield _pressure_level(status.pressure.level)
-    yield _lead_times(lead_times)
-    yield GaugeMetricFamily(f"{PREFIX}agents", "Programs that take part.", value=len(status.agents))
-    yield from _rows(AGENTS, status.agents, agent_labels, ("pid", "uid", "domain", "command"))
-    yield GaugeMetricFamily(f"{PREFIX}images", "Images in the mount.", value=len(status.images))
-    yield from _rows(IMAGES, status.images, image_labels, ("image", "format"))
-
-
-async def render(status: Status, lead_times: LeadTimes) -> bytes:
-    """The text of all metrics; others have their turn of the loop after every SAMPLES_AT_ONCE and one metric's."""
-    parts = []
-    samples = 0
-    for metric in families(status, lead_times):
-        parts.append(generate_latest(_Single(metric)))
-        samples += len(metric.samples)
-        if samples >= SAMPLES_AT_ONCE:
-            samples = 0
-            await trio.lowlevel.checkpoint()
-    return b"".join(parts)
+        yield _text(metric)
+    yield _text(_pressure_level(status.pressure.level))
+    yield _text(_lead_times(lead_times))
+    yield _text(GaugeMetricFamily(f"{PREFIX}agents", "Programs that take part.", value=len(status.agents)))
+    yield from _rows(AGENTS, status.agents, agent_labels)
+    yield _text(GaugeMetricFamily(f"{PREFIX}images", "Images in the mount.", value=len(status.images)))
+    yield from _rows(IMAGES, status.images, image_labels)
 
 
 class _Single(Collector):
@@ -222,26 +220,45 @@ class _Single(Collector):
         return (self._metric,)
 
 
+def _text(metric: Metric) -> bytes:
+    return generate_latest(_Single(metric))
+
+
 def _metric(family: Family, labels: Iterable[str]) -> CounterMetricFamily | GaugeMetricFamily:
     kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
     return kind(PREFIX + family.name, family.about, labels=list(labels))
 
 
 def _rows(
-    table: Iterable[Family], rows: Iterable[Row], labels_of: Callable[[Row], dict[str, str]], labels: Iterable[str]
-) -> Iterator[Metric]:
-    """Each family with all rows. Those of the same labels add up: no sample may be there twice, but a program that has
-    just replaced itself, and programs whose pids can't be seen from here, can."""
-    labelled = [(tuple(labels_of(row).values()), row) for row in rows]
+    table: Iterable[Family], all_rows: Iterable[Row], labels_of: Callable[[Row], dict[str, str]]
+) -> Iterator[bytes]:
+    """Each family with all rows; in between, nothing.
+
+    Those of the same labels add up: no sample may be there twice, but a program that has just replaced itself, and
+    programs whose pids can't be seen from here, can.
+    """
+    alike: dict[bytes, list[Row]] = {}
+    for number, row in enumerate(all_rows, 1):
+        alike.setdefault(_label_text(labels_of(row)), []).append(row)
+        if number % ROWS_AT_ONCE == 0:
+            yield b""
+    groups = list(alike.items())
     for family in table:
         (field,) = family.by_label.values()
-        sums: dict[tuple[str, ...], float] = {}
-        for key, row in labelled:
-            sums[key] = sums.get(key, 0) + getattr(row, field)
-        metric = _metric(family, labels)
-        for key, value in sums.items():
-            metric.add_metric(key, value)
-        yield metric
+        head = _text(_metric(family, ()))
+        name = (PREFIX + family.name + ("_total" if family.kind == "counter" else "")).encode()
+        lines: list[bytes] = [
+            b"%s%s %a\n" % (name, labels, sum(getattr(row, field) for row in rows)) for labels, rows in groups
+        ]
+        yield b"".join([head, *lines])
+
+
+def _label_text(labels: Mapping[str, str]) -> bytes:
+    """Labels as the library writes them. That takes most of the time, so it is not done for each sample."""
+    metric = Metric("x", "x", "gauge")
+    metric.add_sample("x", dict(labels), 0)
+    sample = _text(metric).rstrip(b"\n").rpartition(b"\n")[2]
+    return sample.removeprefix(b"x").removesuffix(b" 0.0")
 
 
 def _pressure_level(level: str) -> Metric:
