@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +65,7 @@ from udedup.engine.wire import (
     welcome,
 )
 from udedup.errors import UdedupError
+from udedup.extras import needing
 
 if TYPE_CHECKING:
     from udedup.engine.cloning import Cloning
@@ -608,6 +609,7 @@ async def run_engine(
     _allow_descriptors()
     with (
         _listener(config) as listener,
+        _metrics_socket(config) as metrics_socket,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
         psi.PressureFiles(engine.pressure_files, period=PERIOD) as pressure,
@@ -639,6 +641,10 @@ async def run_engine(
                 watch = PressureWatch(pressure, caches, engine.pressure, part_left=config.part_left)
                 nursery.start_soon(watch.run)
             nursery.start_soon(engine.accept, listener)
+            if metrics_socket is not None:
+                from udedup.engine.metrics import endpoint
+
+                nursery.start_soon(endpoint(engine).serve, metrics_socket)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)
             if reloads is not None:
@@ -653,6 +659,15 @@ def _listener(config: EngineConfig) -> AbstractContextManager[socket.socket]:
     if config.service.listener is not None:
         return config.service.listening()
     return listening(config.socket, config.socket_mode, config.socket_group)
+
+
+def _metrics_socket(config: EngineConfig) -> AbstractContextManager[socket.socket | None]:
+    """Where to answer for metrics. Raises UdedupError."""
+    if config.metrics is None:
+        return nullcontext()
+    with needing("metrics", "--metrics"):
+        from udedup.engine.metrics import metrics_socket
+    return metrics_socket(config.metrics, config.metrics_group)
 
 
 def _pace(config: EngineConfig, pressure: PressureState) -> Pace:
