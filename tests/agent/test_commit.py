@@ -21,7 +21,7 @@ pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
     """For the program to switch on; all is put back, whatever becomes of it."""
-    # In the order of putting back: first what puts the limit in force, or all processes would come to know it for a moment.
+    # In the order of putting back: first what puts the limit in force, or all processes would feel it for a moment.
     names = ("overcommit_memory", "overcommit_kbytes", "overcommit_ratio", "user_reserve_kbytes")
     before = {name: (SETTINGS / name).read_text().strip() for name in names}
     (SETTINGS / "overcommit_kbytes").write_text(str(LIMIT_KB))
