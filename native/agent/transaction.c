@@ -541,7 +541,9 @@ static void relocate(const struct transaction *tx, unsigned from, unsigned to, c
 		ret->busy |= bits(from, to);
 		return;
 	}
-	if (old.broken || (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
+	// What is locked would not be so in another mapping.
+	if (old.broken || (old.attributes & UDD_ATTRIBUTE_LOCKED) ||
+	    (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
 		ret->busy |= bits(from, to);
 		return;
 	}
