@@ -104,7 +104,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--smart-scan",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="pass over pages that did not change, for up to 8 rounds (default: yes)",
+        help="pass over pages that never change, or always, for up to 8 rounds (default: yes)",
     )
     add_advisor_options(limits)
     add_agent_options(limits)

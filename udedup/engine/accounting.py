@@ -270,7 +270,7 @@ class MemoryStatus(msgspec.Struct, frozen=True):
     """Memory that udedup itself uses, bytes."""
 
     engine: int
-    """Pss of the engine without the store."""
+    """Pss of the engine without the store; some seconds old, if the kernel's figures were not asked for."""
 
     agents: int
     """As agents say, plus the shared areas."""

@@ -29,7 +29,7 @@ from udedup.engine.agent import Agent, agents_cpu_seconds
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import Domain
 from udedup.engine.hints import HintStack
-from udedup.engine.kernel import KernelView, read_smaps
+from udedup.engine.kernel import KernelView, OwnSmaps
 from udedup.engine.pressure import Level, PressureState
 
 
@@ -79,6 +79,7 @@ def status(
     agents: list[Agent],
     domains: Collection[Domain],
     images: list[ImageStatus],
+    own: OwnSmaps,
     kernel: KernelView | None,
 ) -> Status:
     """Everything about these agents and domains.
@@ -93,7 +94,7 @@ def status(
     zero = sum(agent.area.stats.zero_pages for agent in agents)
     candidates = sum(domain.index.candidates for domain in domains)
     saved = (max(0, merged - shared) + zero) * PAGE
-    engine = read_smaps(None) if kernel is None else kernel.engine
+    engine = own.look() if kernel is None else kernel.engine
     memory = MemoryStatus(
         engine=engine.pss - engine.store_pss,
         agents=sum(agent.area.stats.memory_bytes + agent.area.resident_bytes for agent in agents),

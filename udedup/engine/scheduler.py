@@ -37,8 +37,9 @@ REST_PER_ROUND = 3.0
 """… and otherwise this many times what the round took: a fruitless scan then takes at most a quarter of a CPU."""
 
 
-REPAY_SHARE = (7, 8)
-"""Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
+REPAY_SHARE = (1, 4)
+"""Part of what a spurt has left that goes to pages used ahead of time. A burst of reads is paid back within minutes,
+and the linear scan, which alone finds what was not read, goes on behind it."""
 
 
 TOGETHER_SECONDS = 0.2

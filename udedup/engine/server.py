@@ -106,6 +106,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._started = time.monotonic()
+        self._own_smaps = kernel.OwnSmaps()
         self.counters = Counters()
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
@@ -340,6 +341,8 @@ class Engine:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
+        if self.config.chosen_policy.first_sight:
+            flags |= lib.UDD_CONFIG_FIRST_SIGHT
         if self.config.smart_scan:
             flags |= lib.UDD_CONFIG_SMART_SCAN
         if quiet:
@@ -430,6 +433,7 @@ class Engine:
                 )
                 for image in (self.images or () if everything else ())
             ],
+            own=self._own_smaps,
             kernel=view,
         )
 
