@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from agent.conftest import Wrapper
 
-CASES = ("writes", "calls", "limited-addresses", "limited-data")
+CASES = ("moves-to-free-addresses", "writes", "calls", "limited-addresses", "limited-data")
 PROGRAM = Path(__file__).parent / "programs" / "commit.c"
 SETTINGS = Path("/proc/sys/vm")
 LIMIT_KB = 3 << 29
