@@ -168,7 +168,7 @@ def endpoint(engine: "Engine") -> Endpoint:
     own = Peer(os.getpid(), os.geteuid(), os.getegid())
 
     async def text() -> bytes:
-        return await render(await engine.status(own, with_kernel=False), engine.counters.lead_times)
+        return await render(await engine.status(own, with_kernel=False, exact=False), engine.counters.lead_times)
 
     return Endpoint(text, engine.shortage)
 

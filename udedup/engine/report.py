@@ -79,11 +79,12 @@ def status(
     domains: Collection[Domain],
     images: list[ImageStatus],
     kernel: KernelView | None,
+    exact: bool,
 ) -> Status:
     """Everything about these agents and domains.
 
     ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``everything``: the asker may know what the
-    hint stack holds of all; ``pressure``: None if it isn't watched.
+    hint stack holds of all; ``pressure``: None if it isn't watched; ``exact``: see Agent.memory_bytes().
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -95,7 +96,7 @@ def status(
     engine = read_smaps(None) if kernel is None else kernel.engine
     memory = MemoryStatus(
         engine=engine.pss - engine.store_pss,
-        agents=sum(agent.area.stats.memory_bytes + agent.area.resident_bytes for agent in agents),
+        agents=sum(agent.memory_bytes(exact=exact) for agent in agents),
         managed=sum(agent.area.stats.managed_pages for agent in agents) * PAGE,
     )
     lead = counters.lead_times
