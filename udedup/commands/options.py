@@ -33,6 +33,18 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``[PID]`` and ``--resume`` to a command that stops merging."""
+    parser.add_argument(
+        "pid", type=count(1), nargs="?", metavar="PID", help="only in this process (default: in every one)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="the contrary: let the merging go on that pause or unmerge stopped",
+    )
+
+
 def add_advisor_options(parser: "Container") -> None:
     """Adds what sets the rate of the scan by itself, under KSM's names and with KSM's defaults."""
     parser.add_argument(

@@ -76,7 +76,7 @@ class EngineConfig:
     """Pages the hint stack holds."""
 
     smart_scan: bool = True
-    """Whether the linear scan passes over pages that did not change, for up to 8 rounds (as in KSM)."""
+    """Whether the linear scan passes over pages that never change (as in KSM), or always, for up to 8 rounds."""
 
     zero_pages: bool = True
     """Merge all-zero pages with the kernel's zero page."""

@@ -73,6 +73,7 @@ ENGINE: Final = (
     Family("sleep_seconds", "gauge", "Pause between two spurts.", "limits.sleep_millisecs", scale=1e-3),
     Family("cpu_limit_ratio", "gauge", "Limit of the advisor, of one processor.", "limits.cpu_percent", scale=1e-2),
     Family("hint_slots", "gauge", "Pages that the hint stack has room for.", "limits.hint_slots"),
+    Family("vma_limit", "gauge", "Mappings of a program, from which on nothing more is merged in it.", "limits.vmas"),
     Family("saved_bytes", "gauge", "Memory saved, by the engine's account.", "bytes_saved"),
     Family("general_profit_bytes", "gauge", "Memory saved less the engine's and the agents' own.", "general_profit"),
     Family(
@@ -130,6 +131,14 @@ ENGINE: Final = (
     ),
     Family("agents_joined", "counter", "Programs that came.", "agents_total.joined"),
     Family("agents_dropped", "counter", "Programs that lied or did not answer.", "agents_total.dropped"),
+    Family("agents_silent", "counter", "Of those dropped: programs that did not answer.", "agents_total.silent"),
+    Family(
+        "refused",
+        "counter",
+        "Connections and control requests that were not even begun.",
+        {"connection": "refused.connections", "request": "refused.requests"},
+        "kind",
+    ),
     Family(
         "pressure_stall_ratio",
         "gauge",
