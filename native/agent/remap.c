@@ -8,6 +8,7 @@
 
 #include "../common/uffd.h"
 #include "agent.h"
+#include "commit.h"
 #include "merged.h"
 #include "sys.h"
 
@@ -232,6 +233,10 @@ static long move_mapping(int maps, struct udd_span from, uint64_t new_bytes, int
 		if (!(flags & MREMAP_MAYMOVE))
 			return ret;
 	}
+	// A step takes as much memory as its mapping has, for a moment, and fails without it only after it has unmapped the place to go
+	// to (commit.h).
+	if (!udd_commit_has_room())
+		return -ENOMEM;
 	target = udd_sys(SYS_mmap, wanted, new_bytes, PROT_NONE,
 			 MAP_PRIVATE | MAP_ANONYMOUS | (flags & MREMAP_FIXED ? MAP_FIXED : 0), -1, 0);
 	if (udd_failed(target))

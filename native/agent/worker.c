@@ -210,6 +210,14 @@ static int connect_engine(const struct worker *worker)
 	return -EACCES;
 }
 
+// Whether the kernel gives this process a userfaultfd without the device (vm.unprivileged_userfaultfd, or rights).
+static bool needs_no_device(void)
+{
+	udd_auto_close int fd = udd_uffd_open(-1);
+
+	return fd >= 0;
+}
+
 static bool say_hello(const struct worker *worker)
 {
 	struct udd_hello hello = {
@@ -219,7 +227,7 @@ static bool say_hello(const struct worker *worker)
 		.hooks = udd_agent.hooks,
 	};
 
-	if (udd_live()->uffd == 0 && worker->device < 0)
+	if (udd_live()->uffd == 0 && worker->device < 0 && !needs_no_device())
 		hello.flags |= UDD_HELLO_NEED_UFFD;
 	if (udd_agent.quiet)
 		hello.flags |= UDD_HELLO_QUIET;
@@ -273,6 +281,11 @@ static int use_shared_area(struct worker *worker, int fd, uint64_t mount_dev)
 	// A child must not write into its parent's rings.
 	udd_sys(SYS_madvise, ret, UDD_SHARED_BYTES, MADV_DONTFORK);
 	worker->shared = udd_pointer((uint64_t)ret);
+	// Memory that is shared is promised page by page, when it is touched; where the kernel promises none any more (commit.h), that is a
+	// SIGBUS for the application, whose threads write to the rings.
+	ret = udd_sys(SYS_madvise, ret, UDD_SHARED_COPY, MADV_POPULATE_WRITE);
+	if (udd_failed(ret))
+		return -ENOMEM;
 	worker->scan.copy = worker->shared + UDD_SHARED_COPY;
 	worker->scan.shared_fd = fd;
 	stats = (struct udd_stats *)(worker->shared + UDD_SHARED_STATS);
