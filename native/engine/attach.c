@@ -617,15 +617,25 @@ static void forgo_late(struct crowd *crowd)
 }
 
 struct barred {
+	pid_t pid;
 	const struct udd_code *code;
 	size_t count;
 };
 
-static bool is_barred(const void *context, uint64_t place)
+static bool is_barred(const struct barred *barred, uint64_t place)
 {
-	const struct barred *barred = context;
-
 	return is_in(barred->code, barred->count, place);
+}
+
+// Behind a system call the function has done what it does. The kernel has a handler return before it if it is to be made again.
+static bool is_barred_by_handler(const void *context, uint64_t place)
+{
+	static const unsigned char syscall_code[] = {0x0f, 0x05};
+	const struct barred *barred = context;
+	unsigned char code[sizeof(syscall_code)];
+
+	return is_barred(barred, place) &&
+	       (read_memory(barred->pid, place - sizeof(code), code, sizeof(code)) || memcmp(code, syscall_code, sizeof(code)) != 0);
 }
 
 static bool changes_mappings(const struct user_regs_struct *registers)
@@ -649,7 +659,7 @@ static bool is_in_the_way(const struct udd_held_thread *thread, const struct bar
 {
 	const struct user_regs_struct *registers = &thread->registers;
 
-	if (udd_tracee_any_interrupted(thread->tid, registers->rsp, is_barred, barred))
+	if (udd_tracee_any_interrupted(thread->tid, registers->rsp, is_barred_by_handler, barred))
 		return true;
 	if (udd_tracee_in_call(registers))
 		return udd_tracee_waits(registers) && changes_mappings(registers);
@@ -716,7 +726,7 @@ static int change_now(pid_t pid, const struct barred *barred, const struct udd_a
 int udd_attach_change(int pid, const struct udd_code *barred_code, size_t barred_count, const struct udd_attach_word *words, size_t count,
 		      uint32_t patience_ms, struct udd_attach_outcome *ret)
 {
-	const struct barred barred = {.code = barred_code, .count = barred_count};
+	const struct barred barred = {.pid = pid, .code = barred_code, .count = barred_count};
 	uint64_t started = udd_tracee_now();
 	uint64_t deadline = started + (uint64_t)patience_ms * 1000000;
 	struct crowd crowd = {0};
