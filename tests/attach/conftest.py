@@ -1,7 +1,9 @@
 """Programs that run already, and an engine for all of them."""
 
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import pytest
 from agent.conftest import compile_c, lasting_engine
 from support.engine import Engine
 from support.ledger import Ledger
-from support.users import open_way
 
 from udedup.attach.session import Held
 from udedup.attach.session import attach as attach_process
@@ -20,12 +21,25 @@ __all__ = ["compile_c"]
 PROGRAMS = Path(__file__).parent / "programs"
 
 
+@contextmanager
+def folder_for_all() -> Iterator[Path]:
+    """A folder that other users can reach, also while another run of tests closes pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="attached-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """:func:`folder_for_all`."""
+    with folder_for_all() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def attached_engine(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Engine]:
+def attached_engine(pytestconfig: pytest.Config) -> Iterator[Engine]:
     """An engine that programs of all users can join."""
-    folder = tmp_path_factory.mktemp("attached")
-    open_way(folder)
-    with lasting_engine(folder, pytestconfig, "attach", mount=False) as engine:
+    with folder_for_all() as folder, lasting_engine(folder, pytestconfig, "attach", mount=False) as engine:
         engine.socket.chmod(0o666)
         yield engine
 

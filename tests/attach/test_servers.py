@@ -4,6 +4,7 @@ import hashlib
 import pwd
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 from support.engine import Engine
 from support.ledger import Ledger
-from support.users import open_way
 
 from demo.postgres import server_binary
 from udedup.attach.session import Held, detach
@@ -133,7 +133,6 @@ def test_redis(tmp_path: Path, ledger: Ledger, attach: Attach, attached_engine: 
 @contextmanager
 def postgres(folder: Path, ledger: Ledger) -> Iterator[Path]:
     """A server of user postgres, until the end of the block; yields the folder of its socket."""
-    open_way(folder)
     account = pwd.getpwnam("postgres")
     home = folder / "postgres"
     home.mkdir()
@@ -156,16 +155,17 @@ def postgres(folder: Path, ledger: Ledger) -> Iterator[Path]:
             time.sleep(0.05)
         yield home
     finally:
-        server.terminate()
+        # Without waiting for sessions, where the test has failed.
+        server.send_signal(signal.SIGINT)
         server.wait(20)
 
 
-def test_postgres(tmp_path: Path, ledger: Ledger, attach: Attach) -> None:
+def test_postgres(open_folder: Path, ledger: Ledger, attach: Attach) -> None:
     """The process of a session, which has its rows in memory of its own, between and during queries."""
-    library = tmp_path / "libudedup.so"
+    library = open_folder / "libudedup.so"
     shutil.copy(agent_library(), library)
     library.chmod(0o755)
-    with postgres(tmp_path, ledger) as home:
+    with postgres(open_folder, ledger) as home:
         command = ["psql", "-h", str(home), "-U", "postgres", "-d", "postgres", "-qAtX"]
         session = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         ledger.add_process(session.pid)
