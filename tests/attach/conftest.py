@@ -2,10 +2,11 @@
 
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from agent.conftest import compile_c, lasting_engine
@@ -14,10 +15,14 @@ from support.ledger import Ledger
 
 from udedup.attach.session import Held
 from udedup.attach.session import attach as attach_process
+from udedup.attach.session import detach as detach_process
 from udedup.commands.host import agent_library
+from udedup.errors import UdedupError
 
 __all__ = ["compile_c"]
 
+T = TypeVar("T")
+PATIENCE_SECONDS = 60.0
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -49,10 +54,26 @@ def attach(attached_engine: Engine) -> Callable[..., Held]:
     """Attaches a process to the engine, as the command does, without the time that takes."""
 
     def attach_now(pid: int, *, library: Path | None = None, label: str | None = None) -> Held:
-        socket = attached_engine.socket
-        return attach_process(pid, library or agent_library(), socket, label, quiet=False, keep_ksm=False)
+        agent, socket = library or agent_library(), attached_engine.socket
+        return patiently(lambda: attach_process(pid, agent, socket, label, quiet=False, keep_ksm=False))
 
     return attach_now
+
+
+def detach(pid: int, library: Path | None = None) -> Held:
+    """Detaches a process, as the command does."""
+    return patiently(lambda: detach_process(pid, library or agent_library()))[0]
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Tries again where the program says so, which it does when the machine is very busy."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return action()
+        except UdedupError as error:
+            if not str(error).endswith("try again") or time.monotonic() > deadline:
+                raise
 
 
 @pytest.fixture

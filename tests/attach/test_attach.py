@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attach.conftest import PROGRAMS, end_in_order
+from attach.conftest import PROGRAMS, detach, end_in_order
 from support.engine import Engine, udedup
 from support.users import as_nobody
 
-from udedup.attach.session import Held, detach
-from udedup.commands.host import agent_library
-from udedup.errors import UdedupError
+from udedup.attach.session import Held
 
 PAGES = 300
 HELD_MOST = 5.0
@@ -92,40 +90,27 @@ def test_a_wrapped_program(engine_factory: Callable[..., Engine], start: Start, 
 def test_many_threads(compile_c: Callable[..., Path], start: Start, attach: Attach, attached_engine: Engine) -> None:
     """Two hundred, which do everything that can be interrupted wrongly."""
     crowd = start(compile_c(PROGRAMS / "crowd.c", "-pthread"), "200")
-    for number in range(4):
+    for number in range(3):
         held = attach(crowd.pid)
         assert held.threads >= 200
         assert held.all < HELD_MOST
         if number == 0:
             attached_engine.wait_until("sharing", sharing(attached_engine, crowd.pid))
-        detach(crowd.pid, agent_library())
+        detach(crowd.pid)
     assert end_in_order(crowd).endswith("alarms\n")
 
 
 def test_again_and_again(start: Start, attach: Attach) -> None:
     programs = keepers(start)
-    for _ in range(10):
+    for _ in range(6):
         for program in programs:
             attach(program.pid)
         for program in programs:
-            detach(program.pid, agent_library())
+            detach(program.pid)
     tasks = len(list(Path(f"/proc/{programs[0].pid}/task").iterdir()))
     assert tasks == 3, "the program's thread, and the two that the agent has once and for all"
     for program in programs:
         end_in_order(program)
-
-
-def attach_in_the_end(attach: Attach, pid: int) -> None:
-    """What was begun before may not be done yet."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            attach(pid)
-        except UdedupError as error:
-            print(error)
-        else:
-            return
-    pytest.fail("it could not be attached to any more")
 
 
 def test_who_attaches_is_killed(compile_c: Callable[..., Path], start: Start, attach: Attach) -> None:
@@ -140,8 +125,9 @@ def test_who_attaches_is_killed(compile_c: Callable[..., Path], start: Start, at
         attacher.send_signal(signal.SIGKILL)
         attacher.wait(20)
         assert crowd.poll() is None
-    attach_in_the_end(attach, crowd.pid)
-    detach(crowd.pid, agent_library())
+    # What was begun before may not be done yet.
+    attach(crowd.pid)
+    detach(crowd.pid)
     end_in_order(crowd)
 
 
@@ -158,10 +144,10 @@ def test_children_of_programs(start: Start, attach: Attach, attached_engine: Eng
     attach(parent.pid)
     first = bear()
     attached_engine.wait_until("joined", lambda status: first in {a["pid"] for a in status["agents"]})
-    detach(parent.pid, agent_library())
+    detach(parent.pid)
     second = bear()
     attach(second)
-    detach(first, agent_library())
+    detach(first)
     attach(first)
     pids = {a["pid"] for a in attached_engine.status()["agents"]}
     assert {first, second} <= pids

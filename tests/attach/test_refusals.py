@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attach.conftest import PROGRAMS, end_in_order
+from attach.conftest import PROGRAMS, detach, end_in_order
 from support.engine import Engine, udedup
 from support.users import as_nobody
 
-from udedup.attach.session import Held, detach
-from udedup.commands.host import agent_library
+from udedup.attach.session import Held
 from udedup.errors import UdedupError
 
 READY = "import sys; print('ready', flush=True); sys.stdin.read()"
@@ -114,7 +113,7 @@ def test_a_filter(compile_c: Callable[..., Path], start: Start, attach: Attach, 
 def test_a_filter_that_does_not_matter(compile_c: Callable[..., Path], start: Start, attach: Attach) -> None:
     program = start(compile_c(PROGRAMS / "ready.c"), "170")  # sethostname
     attach(program.pid)
-    detach(program.pid, agent_library())
+    detach(program.pid)
     end_in_order(program)
 
 

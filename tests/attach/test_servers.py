@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from attach.conftest import detach
 from support.engine import Engine
 from support.ledger import Ledger
 
 from demo.postgres import server_binary
-from udedup.attach.session import Held, detach
+from udedup.attach.session import Held
 from udedup.commands.host import agent_library
 
 KEYS = 600
@@ -122,7 +123,7 @@ def test_redis(tmp_path: Path, ledger: Ledger, attach: Attach, attached_engine: 
                 shared = lambda status: {a["pid"] for a in status["agents"] if a["pages_sharing"] > KEYS} >= pids  # noqa: E731
                 attached_engine.wait_until("sharing", shared)
             for pid in pids:
-                detach(pid, agent_library())
+                detach(pid)
     for client, server in zip(clients, servers, strict=True):
         client.check_all()
         client.close()
