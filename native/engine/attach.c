@@ -123,6 +123,15 @@ static DIR *open_tasks(pid_t pid)
 	return opendir(path);
 }
 
+// -ESRCH also for one that ends: the kernel says EPERM then.
+static int begin_hold(pid_t pid, pid_t tid)
+{
+	int own_number;
+	int r = udd_tracee_begin_hold(tid);
+
+	return r == -EPERM && strchr("XZ", task_state(pid, tid, &own_number)) ? -ESRCH : r;
+}
+
 // No signal that somebody sends may come between two steps.
 static void block_signals(sigset_t *before)
 {
@@ -436,7 +445,7 @@ static int call_in(const struct udd_program *program, pid_t tid, bool patient, u
 
 	if (state != 'S' && state != 'R')
 		return -EAGAIN;
-	r = udd_tracee_begin_hold(tid);
+	r = begin_hold(program->pid, tid);
 	if (!r)
 		r = udd_tracee_await_hold(tid, deadline, &thread);
 	if (r && thread.late)
@@ -555,12 +564,14 @@ static int begin_new(pid_t pid, struct crowd *crowd)
 	for (pid_t tid; !r && (tid = next_task(tasks));) {
 		if (knows(crowd, tid))
 			continue;
-		r = udd_tracee_begin_hold(tid);
+		r = begin_hold(pid, tid);
+		if (r == -ESRCH) {
+			r = 0;
+			continue;
+		}
 		if (!r)
 			r = add(crowd, tid);
-		else if (r == -ESRCH)
-			r = 0;
-		found += !r;
+		found++;
 	}
 	if (tasks)
 		closedir(tasks);
