@@ -64,14 +64,6 @@ int udd_tracee_begin_hold(pid_t tid)
 	return ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) ? -errno : 0;
 }
 
-void udd_tracee_forgo(pid_t tid, uint64_t deadline)
-{
-	int status;
-
-	if (udd_tracee_await(tid, deadline, &status) == 0)
-		ptrace(PTRACE_DETACH, tid, NULL, status >> 16 ? 0 : WSTOPSIG(status));
-}
-
 bool udd_tracee_in_call(const struct user_regs_struct *registers)
 {
 	return (long)registers->orig_rax >= 0;
@@ -139,6 +131,14 @@ int udd_tracee_await_hold(pid_t tid, uint64_t deadline, struct udd_held_thread *
 		// A signal came first.
 		ptrace(PTRACE_CONT, tid, NULL, WSTOPSIG(status));
 	}
+}
+
+void udd_tracee_forgo(pid_t tid, uint64_t deadline)
+{
+	struct udd_held_thread thread;
+
+	if (udd_tracee_await_hold(tid, deadline, &thread) == 0)
+		udd_tracee_release(&thread);
 }
 
 void udd_tracee_release(const struct udd_held_thread *thread)
