@@ -42,8 +42,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").splitlines()[0]
-        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        text = (command.__doc__ or "").strip()
+        subparser = subparsers.add_parser(name, help=text.partition("\n")[0], description=text)
         command.prepare_parser(subparser)
         subparser.set_defaults(run=command.run, subparser=subparser)
     return parser

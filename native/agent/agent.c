@@ -243,6 +243,7 @@ void udd_agent_forked(void)
 
 	if (!__atomic_compare_exchange_n(&live->started, &fresh, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
 		return;
+	udd_lock_set_calm(&live->lock, udd_agent.knows_handlers && !udd_agent.has_handlers);
 	live->stats = &live->own_stats;
 	for (int i = 0; i < UDD_SEGMENTS_MAX; i++)
 		udd_agent.segments[i].fd = -1;

@@ -79,7 +79,7 @@ struct udd_live {
 	struct udd_stats *stats;       // in the shared area, or `own_stats`
 	struct udd_hint_ring *hints;   // in the shared area; NULL before joining
 	struct udd_drop_ring *drops;   // likewise
-	uint64_t reported;             // the engine knows of the runs below this address
+	uint64_t reported;             // the engine counts the runs below this address, all of them from UDD_RUNS on. Under the map lock
 	uint64_t mount_dev;            // st_dev of the udedup mount, 0: none. Set under the map lock held exclusively
 	uint32_t mount_known;          // 1: mount_dev says what the engine said
 	uint64_t holdoff_ns;           // how long a broken page is left alone
@@ -138,6 +138,8 @@ struct udd_agent {
 	struct udd_segment_map *segments; // UDD_SEGMENTS_MAX
 	uint64_t engine_id[2];     // the engine joined last
 	uint64_t hooks;            // bit set of installed hooks
+	bool knows_handlers;       // the hook that learns of signal handlers is there
+	bool has_handlers;         // there are some, or were. Under the map lock.
 	uint64_t *test_counters;   // UDEDUP_TEST_COUNTERS, shared with whoever tests; else NULL
 	bool keep_ksm;             // UDEDUP_KEEP_KSM: MADV_MERGEABLE goes to the kernel
 	bool quiet;                // UDEDUP_QUIET_BREAKS, or the engine wants it: all breaks take the same time

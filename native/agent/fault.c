@@ -20,8 +20,9 @@ enum {
 	WIDEN_FACTOR = 4,           // a sequential writer's next break, in multiples of its last
 	WIDEN_MOST = 128,           // the copies should still be in the processor's cache when the writer comes to them
 	WIDEN_FIRST = 8,            // pages of its second break
-	DISSOLVE_NS = 2000000,      // one lone page may dissolve every so often
-	DISSOLVES_MAX = 64,         // that many at once
+	DISSOLVE_NS = 500000,       // one lone page may dissolve every so often
+	DISSOLVES_MAX = 128,        // that many at once
+	DISSOLVE_SCARCE = 4,        // where over half of its mappings are used up, a process dissolves one in so many of these
 	BLOCK_PAGES = 64,           // what is opened to a storm of lone writes at a time, aligned
 	OPEN_FROM = 2,              // lone breaks in a block that are a storm
 	BLOCK_NS = 1000000000,      // within this time
@@ -241,14 +242,17 @@ static int break_in_place(uint64_t page, bool exclusive)
 }
 
 // May a lone break dissolve its page? Breaking in place takes half the time, but such a page can never be merged again:
-// nothing tells whether a device has pinned it. So every break dissolves, up to a rate that costs a process less than one
-// percent of a CPU; in a storm of lone writes the rest break in place.
+// nothing tells whether a device has pinned it. So every break dissolves, up to a rate that costs a process some two percent
+// of a CPU: a guest that reads one file after the other breaks hundreds of lone pages a second. In a storm of lone writes the
+// rest break in place.
 static bool may_dissolve_lone(uint64_t now)
 {
 	struct udd_live *live = udd_live();
+	bool scarce = __atomic_load_n(&live->stats->vmas, __ATOMIC_RELAXED) > live->vma_limit / 2;
+	uint64_t every = scarce ? DISSOLVE_SCARCE * DISSOLVE_NS : DISSOLVE_NS;
 
-	if (now - live->dissolves_at > DISSOLVE_NS) {
-		live->dissolves = udd_min(DISSOLVES_MAX, live->dissolves + (now - live->dissolves_at) / DISSOLVE_NS);
+	if (now - live->dissolves_at > every) {
+		live->dissolves = udd_min(DISSOLVES_MAX, live->dissolves + (now - live->dissolves_at) / every);
 		live->dissolves_at = now;
 	}
 	if (!live->dissolves)

@@ -49,7 +49,8 @@ extern void *__curbrk; // libc's idea of the program break
 
 // How many hooks this thread is in: more than one when the handler of a fault interrupted a hook.
 static __thread unsigned depth;
-// The signals that were blocked when it went into the first of them.
+// Which of them, from 1, has signals wait, if any does; and what was blocked before that.
+static __thread unsigned blocking;
 static __thread uint64_t blocked_before;
 
 static struct udd_live *live_here(void)
@@ -59,6 +60,7 @@ static struct udd_live *live_here(void)
 	// A child of a fork that no hook saw.
 	if (!__atomic_load_n(&live->started, __ATOMIC_ACQUIRE)) {
 		depth = 0;
+		blocking = 0;
 		udd_agent_forked();
 	}
 	return live;
@@ -72,12 +74,19 @@ static uint64_t signal_bit(int number)
 // Signals wait while their thread is in a hook. Their handlers may call hooked functions as well, and a hook that needs the lock
 // exclusively can neither wait for the one below it, nor take its hold away: the table must not change under that one's hands. What
 // the thread's own instructions raise the kernel would not let wait; it would end the process.
-static void block_signals(void)
+static uint64_t signals_that_wait(void)
 {
-	uint64_t wanted = ~(signal_bit(SIGSEGV) | signal_bit(SIGBUS) | signal_bit(SIGFPE) | signal_bit(SIGILL) | signal_bit(SIGTRAP) |
-			    signal_bit(SIGSYS));
+	return ~(signal_bit(SIGSEGV) | signal_bit(SIGBUS) | signal_bit(SIGFPE) | signal_bit(SIGILL) | signal_bit(SIGTRAP) |
+		 signal_bit(SIGSYS));
+}
+
+// In the hook that the thread is in, or goes into, as its `level`th.
+static void block_signals(unsigned level)
+{
+	uint64_t wanted = signals_that_wait();
 
 	udd_sys(SYS_rt_sigprocmask, SIG_BLOCK, &wanted, &blocked_before, sizeof(wanted));
+	blocking = level;
 }
 
 static void restore_signals(uint64_t blocked)
@@ -85,31 +94,48 @@ static void restore_signals(uint64_t blocked)
 	udd_sys(SYS_rt_sigprocmask, SIG_SETMASK, &blocked, NULL, sizeof(blocked));
 }
 
+// Two system calls are much for a small munmap(), so signals are only blocked where one has a handler: while the lock is calm,
+// none has, and it takes the lock held exclusively to change that.
 static void enter(void)
 {
 	struct udd_lock *lock = &live_here()->lock;
 
-	if (!depth)
-		block_signals();
 	// Nested, it must pass a waiting writer, who waits for the hook below.
-	if (depth++) {
+	if (depth) {
 		udd_lock_shared_urgent(lock);
-	} else if (!udd_trylock_shared(lock)) {
+		depth++;
+		return;
+	}
+	if (udd_trylock_shared_calm(lock)) {
+		depth = 1;
+		return;
+	}
+	block_signals(1);
+	depth = 1;
+	if (!udd_trylock_shared(lock)) {
 		udd_lock_shared(lock);
 		udd_test_count(UDD_TEST_COLLIDED, 1);
 	}
 }
 
-static void went_out(void)
+// Returns whether this hook had signals wait.
+static bool go_out(void)
 {
-	if (!--depth)
-		restore_signals(blocked_before);
+	bool blocked = blocking == depth--;
+
+	if (blocked)
+		blocking = 0;
+	return blocked;
 }
 
 static void leave(void)
 {
+	// In this order: as long as the lock is held, no handler sees that nobody is said to hold it.
+	bool blocked = go_out();
+
 	udd_unlock_shared(&udd_live()->lock);
-	went_out();
+	if (blocked)
+		restore_signals(blocked_before);
 }
 
 // From shared to exclusive. Not atomic: look at the table again. The handler of a fault gives up the hold of the hook that it
@@ -118,6 +144,9 @@ static void enter_exclusive(void)
 {
 	struct udd_live *live = udd_live();
 
+	// It need not stay calm between the two.
+	if (!blocking)
+		block_signals(depth);
 	for (unsigned held = 0; held < depth; held++)
 		udd_unlock_shared(&live->lock);
 	if (udd_lock_exclusive(&live->lock, (int32_t)udd_sys(SYS_gettid)))
@@ -130,7 +159,8 @@ static void leave_exclusive(void)
 	udd_unlock_exclusive(&udd_live()->lock);
 	for (unsigned held = 1; held < depth; held++)
 		udd_lock_shared_urgent(&udd_live()->lock);
-	went_out();
+	if (go_out())
+		restore_signals(blocked_before);
 }
 
 static void note_change(struct udd_span span, enum udd_stale_kind kind)
@@ -765,6 +795,16 @@ static void *hook_mremap(void *address, size_t old_length, size_t new_length, in
 static pid_t (*original_fork)(void);
 static int (*original_clone)(int (*)(void *), void *, int, void *, void *, void *, void *);
 
+// A child starts with no hook that its parent is in. `blocked`: what signals were before the parent blocked the others, or NULL.
+static void start_child(const uint64_t *blocked)
+{
+	depth = 0;
+	blocking = 0;
+	udd_agent_forked();
+	if (blocked)
+		restore_signals(*blocked);
+}
+
 // No transaction is under way while the kernel copies the address space, or the child would miss what is frozen.
 static pid_t hook_fork(void)
 {
@@ -772,13 +812,10 @@ static pid_t hook_fork(void)
 
 	enter();
 	ret = original_fork();
-	if (ret == 0) {
-		depth = 0;
-		udd_agent_forked();
-		restore_signals(blocked_before);
-	} else {
+	if (ret == 0)
+		start_child(blocking ? &blocked_before : NULL);
+	else
 		leave();
-	}
 	return ret;
 }
 
@@ -786,7 +823,8 @@ static pid_t hook_fork(void)
 struct clone_call {
 	int (*body)(void *);
 	void *argument;
-	uint64_t blocked; // signals, before the hook
+	bool blocks;      // the hook blocks signals
+	uint64_t blocked; // which were, before it
 };
 
 static bool is_last_thread(void)
@@ -802,9 +840,7 @@ static int clone_body(void *argument)
 	const struct clone_call call = *(const struct clone_call *)argument;
 	int ret;
 
-	depth = 0;
-	udd_agent_forked();
-	restore_signals(call.blocked);
+	start_child(call.blocks ? &call.blocked : NULL);
 	ret = call.body(call.argument);
 	// libc ends only this thread now, and the agent's would keep the process.
 	if (is_last_thread())
@@ -820,10 +856,67 @@ static int hook_clone(int (*body)(void *), void *stack, int flags, void *argumen
 	if ((flags & CLONE_VM) || !body)
 		return original_clone(body, stack, flags, argument, parent_tid, tls, child_tid);
 	enter();
+	call.blocks = blocking;
 	call.blocked = blocked_before;
 	ret = original_clone(clone_body, stack, flags, &call, parent_tid, tls, child_tid);
 	leave();
 	return ret;
+}
+
+// ---- signal handlers ----
+
+static int (*original_sigaction)(int, const struct sigaction *, struct sigaction *);
+
+static bool may_interrupt(int number, void (*handler)(int))
+{
+	return handler != SIG_DFL && handler != SIG_IGN && number > 0 && number < _NSIG && (signals_that_wait() & signal_bit(number));
+}
+
+// Every way in libc to install a handler leads here, except for the two signals of its own, whose handlers map nothing.
+static int hook_sigaction(int number, const struct sigaction *action, struct sigaction *old)
+{
+	if (action && may_interrupt(number, action->sa_handler) && !__atomic_load_n(&udd_agent.has_handlers, __ATOMIC_ACQUIRE)) {
+		enter();
+		enter_exclusive();
+		__atomic_store_n(&udd_agent.has_handlers, true, __ATOMIC_RELEASE);
+		udd_lock_set_calm(&udd_live()->lock, false);
+		leave_exclusive();
+	}
+	return original_sigaction(number, action, old);
+}
+
+static bool find_handler(void)
+{
+	for (int number = 1; number < _NSIG; number++) {
+		struct {
+			void (*handler)(int);
+			unsigned long flags;
+			void (*restorer)(void);
+			uint64_t mask;
+		} action;
+
+		if (udd_failed(udd_sys(SYS_rt_sigaction, number, NULL, &action, sizeof(action.mask))) ||
+		    may_interrupt(number, action.handler))
+			return true;
+	}
+	return false;
+}
+
+void udd_look_for_handlers(void)
+{
+	if (!udd_agent.knows_handlers || udd_agent.has_handlers)
+		return;
+	udd_agent.has_handlers = find_handler();
+	udd_lock_set_calm(&udd_live()->lock, !udd_agent.has_handlers);
+}
+
+static void become_calm(void)
+{
+	enter();
+	enter_exclusive();
+	udd_agent.knows_handlers = true;
+	udd_look_for_handlers();
+	leave_exclusive();
 }
 
 // ---- the table ----
@@ -858,6 +951,7 @@ static const struct {
 	{"ioctl", HOOK(hook_ioctl), NULL, LOCK_MAP, "memory registered with another userfaultfd"},
 	{"_Fork", HOOK(hook_fork), &original_fork, LOCK_MAP, "children"},
 	{"clone", HOOK(hook_clone), &original_clone, LOCK_MAP, "children"},
+	{"sigaction", HOOK(hook_sigaction), &original_sigaction, LOCK_NONE, "signal handlers"},
 	{"read", HOOK(udd_hook_read), NULL, LOCK_NONE, "place hints"},
 	{"pread64", HOOK(udd_hook_pread), NULL, LOCK_NONE, "place hints"},
 	{"readv", HOOK(udd_hook_readv), NULL, LOCK_NONE, "place hints"},
@@ -882,6 +976,7 @@ int udd_hooks_install(const char **missing)
 	int ret = libc ? udd_patch_init(dlsym(libc, "munmap")) : -ENOENT;
 	struct udd_patch patches[HOOKS];
 	int errors[HOOKS];
+	bool knows_handlers = false;
 
 	*missing = "libc";
 	if (ret)
@@ -900,11 +995,14 @@ int udd_hooks_install(const char **missing)
 			errors[i] = udd_patch_apply(&patches[i]);
 		if (!errors[i]) {
 			udd_agent.hooks |= 1UL << i;
+			knows_handlers |= hooks[i].hook == HOOK(hook_sigaction);
 		} else if (hooks[i].lock == LOCK_MAP && !ret) {
 			*missing = hooks[i].symbol;
 			ret = errors[i];
 		}
 	}
 	udd_patch_done();
+	if (knows_handlers)
+		become_calm();
 	return ret;
 }

@@ -19,5 +19,7 @@ static inline long udd_as_errno(long ret)
 // Installs every hook of the table. Returns 0, or a negative errno if one that merging depends on could not be.
 // `missing` then names it.
 int udd_hooks_install(const char **missing);
+// Handlers of signals that came past the hook, by a system call of the program's own. The map lock is held exclusively.
+void udd_look_for_handlers(void);
 
 #endif

@@ -20,7 +20,10 @@ struct mapping {
 	bool candidate; // by its first line
 	bool data;      // a file's, private and writable: .data of a program or library
 	bool barred;    // by its flags
+	bool watched;   // by userfaultfd
 	bool store;     // a store segment
+	bool merged;    // one that private, writable memory was merged with
+	bool written;   // pages of it are its own
 	uint16_t read_only; // a file's, to be read only: PROT_*; else 0
 	bool shared;
 	uint32_t attributes;
@@ -86,6 +89,7 @@ static void parse_header(const char *line, struct mapping *ret)
 	if (ret->inode && !ret->store && (memcmp(permissions, "r--", 3) == 0 || memcmp(permissions, "r-x", 3) == 0))
 		ret->read_only = permissions[2] == 'x' ? PROT_READ | PROT_EXEC : PROT_READ;
 	ret->shared = permissions[3] == 's';
+	ret->merged = memcmp(permissions, "rw-p", 4) == 0 && starts_with(text, "/memfd:udedup-store (");
 	ret->candidate = memcmp(permissions, "rw-p", 4) == 0 && ret->inode == 0 &&
 			 (*text == '\0' || starts_with(text, "[heap]") || starts_with(text, "[anon:"));
 }
@@ -100,12 +104,13 @@ static void parse_flags(const char *text, struct mapping *mapping)
 		{"dc", UDD_ATTRIBUTE_DONTFORK}, {"dd", UDD_ATTRIBUTE_DONTDUMP},     {"mg", UDD_ATTRIBUTE_MERGEABLE},
 		{"hg", UDD_ATTRIBUTE_HUGEPAGE}, {"nh", UDD_ATTRIBUTE_NOHUGEPAGE}, {"lo", 0},
 		{"wf", 0},                      {"gd", 0},                          {"io", 0},
-		{"pf", 0},                      {"ht", 0},                          {"um", 0},
-		{"uw", 0},                      {"ui", 0},                          {"sl", 0},
+		{"pf", 0},                      {"ht", 0},                          {"sl", 0},
 		{"dp", 0},                      {"ss", 0},
 	};
 
 	for (; text[0] && text[1]; text += text[2] == ' ' ? 3 : 2) {
+		if (memcmp(text, "um", 2) == 0 || memcmp(text, "uw", 2) == 0 || memcmp(text, "ui", 2) == 0)
+			mapping->watched = true;
 		for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]); i++) {
 			if (memcmp(text, flags[i].name, 2) != 0)
 				continue;
@@ -144,6 +149,7 @@ static void add_candidate(struct udd_layout *layout, const struct mapping *mappi
 		.end = span.end,
 		.attributes = (uint16_t)mapping->attributes,
 		.file = file,
+		.merged = mapping->merged,
 	};
 }
 
@@ -154,7 +160,7 @@ static void add_files(struct udd_layout *layout, const struct mapping *mapping)
 	bool found = false;
 
 	// In a child that does not get it, nothing could put the file back.
-	if (mapping->barred || mapping->key || mapping->attributes & UDD_ATTRIBUTE_DONTFORK)
+	if (mapping->barred || mapping->watched || mapping->key || mapping->attributes & UDD_ATTRIBUTE_DONTFORK)
 		return;
 	for (uint32_t i = 0; i < layout->file_count; i++) {
 		const struct udd_layout_file *file = &layout->files[i];
@@ -186,8 +192,10 @@ static void mapping_done(struct reading *reading)
 		reading->data_end = mapping->end;
 	if (mapping->read_only)
 		add_files(layout, mapping);
-	if (!mapping->candidate || mapping->barred || mapping->key || bss || udd_span_overlaps(span, reading->own) ||
-	    is_stack(layout, span))
+	// What was written to in a mapping of the store is never merged again, where it is.
+	if (mapping->merged ? mapping->written : !mapping->candidate || mapping->watched)
+		return;
+	if (mapping->barred || mapping->key || bss || udd_span_overlaps(span, reading->own) || is_stack(layout, span))
 		return;
 	add_candidate(layout, mapping, span, 0);
 }
@@ -204,6 +212,9 @@ static void parse_line(struct reading *reading, const char *line)
 	} else if (starts_with(line, "Rss:")) {
 		parse_decimal(line + 4, &value);
 		reading->mapping.rss = value << 10;
+	} else if (starts_with(line, "Anonymous:")) {
+		parse_decimal(line + 10, &value);
+		reading->mapping.written = value != 0;
 	} else if (starts_with(line, "ProtectionKey:")) {
 		parse_decimal(line + 14, &reading->mapping.key);
 	} else if (starts_with(line, "VmFlags: ")) {

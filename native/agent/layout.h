@@ -4,6 +4,9 @@
 // (struct udd_stale), and what changed is no candidate until the next reading. So an entry says what the mapping *is*, as
 // far as the process goes through libc; the kernel refuses the rest (see transaction.c).
 //
+// Merged memory is in it too, marked: what is written to becomes plain memory again between two readings, and new content is often
+// hinted right then. A look there finds only what has become so, and a merge what the table of runs does not have.
+//
 // Left out: thread stacks (told by MAP_STACK), the main stack, the agent's own memory, locked, wiped-on-fork, growing,
 // protection-keyed or otherwise registered memory, and .bss, which the dynamic linker unmaps past our hooks.
 #ifndef UDD_LAYOUT_H
@@ -25,7 +28,8 @@ struct udd_candidate {
 	uint64_t end;
 	uint16_t attributes; // enum udd_attribute
 	uint16_t file;       // index in udd_agent.files + 1, if it is a mapping of a file that nobody can write to; else 0
-	uint32_t stale;      // 1: changed since
+	uint16_t stale;      // 1: changed since
+	uint16_t merged;     // 1: a mapping of the store when smaps was read, no page of it written to
 };
 
 // A mapping of a file that may be merged, as was known before smaps was read.

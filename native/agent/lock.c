@@ -7,9 +7,10 @@
 #include "sys.h"
 #include "util.h"
 
-// The state: a phase number, in the lower half, which grows whenever waiting readers are let in; how many readers are in; how
-// many wait for the next phase; and the writers' bits.
-static const uint64_t PHASE = (1UL << 20) - 1UL;
+// The state: a phase number, in the lower half, which grows whenever waiting readers are let in; whether it is calm; how many
+// readers are in; how many wait for the next phase; and the writers' bits.
+static const uint64_t PHASE = (1UL << 19) - 1UL;
+static const uint64_t CALM = 1UL << 19;
 static const uint64_t READER = 1UL << 20;
 static const uint64_t READERS = ((1UL << 21) - 1UL) << 20; // more than there can be threads
 static const uint64_t QUEUED = 1UL << 41;
@@ -47,13 +48,13 @@ static uint64_t admit(uint64_t state)
 
 	if (!queued)
 		return state;
-	return (state & (HELD | WAITING)) | ((state & READERS) + queued * READER) | ((state + 1) & PHASE);
+	return (state & (HELD | WAITING | CALM)) | ((state & READERS) + queued * READER) | ((state + 1) & PHASE);
 }
 
-static bool try_shared(struct udd_lock *lock, uint64_t barred, uint64_t *seen)
+static bool try_shared(struct udd_lock *lock, uint64_t barred, uint64_t needed, uint64_t *seen)
 {
 	*seen = load(lock);
-	while (!(*seen & barred)) {
+	while ((*seen & (barred | needed)) == needed) {
 		if (swap(lock, seen, *seen + READER))
 			return true;
 	}
@@ -66,13 +67,13 @@ static void lock_shared(struct udd_lock *lock, uint64_t barred)
 	uint64_t phase;
 
 	for (unsigned spins = 0; spins < SPINS; spins++) {
-		if (try_shared(lock, barred, &seen))
+		if (try_shared(lock, barred, 0, &seen))
 			return;
 		udd_pause();
 	}
 	// Queued only while there is a writer, who will let us in; at any other moment there is no need to.
 	while (!swap(lock, &seen, seen + QUEUED)) {
-		if (!(seen & barred) && try_shared(lock, barred, &seen))
+		if (!(seen & barred) && try_shared(lock, barred, 0, &seen))
 			return;
 	}
 	phase = seen & PHASE;
@@ -84,7 +85,14 @@ bool udd_trylock_shared(struct udd_lock *lock)
 {
 	uint64_t seen;
 
-	return try_shared(lock, HELD | WAITING, &seen);
+	return try_shared(lock, HELD | WAITING, 0, &seen);
+}
+
+bool udd_trylock_shared_calm(struct udd_lock *lock)
+{
+	uint64_t seen;
+
+	return try_shared(lock, HELD | WAITING, CALM, &seen);
 }
 
 void udd_lock_shared(struct udd_lock *lock)
@@ -101,7 +109,7 @@ bool udd_trylock_shared_urgent(struct udd_lock *lock)
 {
 	uint64_t seen;
 
-	return try_shared(lock, HELD, &seen);
+	return try_shared(lock, HELD, 0, &seen);
 }
 
 void udd_unlock_shared(struct udd_lock *lock)
@@ -228,6 +236,14 @@ void udd_unlock_exclusive(struct udd_lock *lock)
 		wake_readers(lock);
 	// Even if readers were let in: writers that slept through our turn have to say again that they wait.
 	wake_writers(lock);
+}
+
+void udd_lock_set_calm(struct udd_lock *lock, bool calm)
+{
+	if (calm)
+		__atomic_or_fetch(&lock->state, CALM, __ATOMIC_SEQ_CST);
+	else
+		__atomic_and_fetch(&lock->state, ~CALM, __ATOMIC_SEQ_CST);
 }
 
 int32_t udd_lock_keep_owner(struct udd_lock *lock)

@@ -9,7 +9,7 @@
 // Anderson, Real-Time Systems 46, 2010). Among writers the worker is last. The fault thread passes waiting writers
 // (udd_lock_shared_urgent): an application thread that holds the lock shared may be waiting for it.
 //
-// Does not block signals; hooks.c does.
+// Does not block signals; hooks.c does, except while the lock is calm: no handler is installed that could interrupt who holds it.
 #ifndef UDD_LOCK_H
 #define UDD_LOCK_H
 
@@ -27,6 +27,8 @@ struct udd_lock {
 
 // Never waits: false if there is a writer, in or waiting.
 bool udd_trylock_shared(struct udd_lock *lock);
+// False as well if the lock is not calm. Signals need not be blocked: it stays calm until it is given up.
+bool udd_trylock_shared_calm(struct udd_lock *lock);
 // Signals must be blocked, or a handler would not know whether this thread has been let in already.
 void udd_lock_shared(struct udd_lock *lock);
 // Only waits for a writer that is in.
@@ -42,6 +44,8 @@ bool udd_lock_exclusive_timed(struct udd_lock *lock, uint64_t nanoseconds);
 // The same, for the worker: lets every other writer go first.
 bool udd_lock_exclusive_last(struct udd_lock *lock, uint64_t nanoseconds);
 void udd_unlock_exclusive(struct udd_lock *lock);
+// Held exclusively, or nobody else knows the lock yet.
+void udd_lock_set_calm(struct udd_lock *lock, bool calm);
 // The fault thread: keeps the application thread that holds the lock exclusively from giving it up, until it is let go.
 // Returns its tid; 0 if there is none, and then there is nothing to let go.
 int32_t udd_lock_keep_owner(struct udd_lock *lock);

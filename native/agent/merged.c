@@ -93,6 +93,21 @@ void udd_broke_in_place(struct udd_span span)
 	udd_publish_runs();
 }
 
+// While the engine is being told of all runs, a part at a time, they are known by their address: one that moves across the border
+// would be given back although it was never counted, or counted twice.
+static void cut_count_short(uint64_t from, uint64_t to)
+{
+	struct udd_live *live = udd_live();
+	uint64_t border = live->reported;
+	// It may have joined a neighbour that lies across.
+	struct udd_span now = udd_run_span(udd_runs_find(&udd_agent.runs, to));
+
+	if (!border || border == UINT64_MAX || ((from < border) == (now.start < border) && (now.start < border) == (now.end <= border)))
+		return;
+	live->reported = 0;
+	__atomic_add_fetch(&live->stats->drops_lost, 1, __ATOMIC_RELAXED);
+}
+
 void udd_readdress(struct udd_span from, uint64_t to)
 {
 	struct udd_run_entry run = *udd_first_run(from);
@@ -101,6 +116,7 @@ void udd_readdress(struct udd_span from, uint64_t to)
 	run.address = to;
 	run.armed = 0;
 	udd_insert_run(&run);
+	cut_count_short(from.start, to);
 	udd_publish_runs();
 	udd_ring(UDD_BELL_ARM);
 }

@@ -63,6 +63,8 @@ static size_t movable_length(const unsigned char *code)
 		{{0x48, 0x81, 0xec}, 3, 7},                   // sub $imm32, %rsp
 		{{0x48, 0x85, 0xff}, 3, 3},                   // test %rdi, %rdi
 		{{0x48, 0x89, 0xe5}, 3, 3},                   // mov %rsp, %rbp
+		{{0x8d, 0x47}, 2, 3},                         // lea disp8(%rdi), %eax
+		{{0x83, 0xf8}, 2, 3},                         // cmp $imm8, %eax
 	};
 
 	for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++) {

@@ -107,50 +107,69 @@ static bool once_whole(int maps, struct udd_span span)
 	return true;
 }
 
+// A move under way. The hook of mmap() takes no lock where the kernel chooses the address, so no address may become free before
+// the move has succeeded: another thread's new mapping would lie where we still have to put something.
+struct move {
+	int maps;        // a descriptor of /proc/self/maps, or -1
+	bool leaves;     // the old mapping stays, empty: MREMAP_DONTUNMAP
+	uint64_t moved;  // what is below is at its new place, …
+	uint64_t held;   // … and what is below this still mapped at the old one
+};
+
 // Moves mapping by mapping: the kernel moves within one mapping only (from 6.17 on several, but it may give up in the
-// middle), and merging may have cut what was one into several. The last one grows by `grow` bytes. *moved is where it ended.
-static long move_mappings(int maps, struct udd_span span, uint64_t grow, uint64_t target, int flags, uint64_t *moved)
+// middle), and merging may have cut what was one into several. The last one grows by `grow` bytes.
+static long move_mappings(struct move *move, struct udd_span span, uint64_t grow, uint64_t target)
 {
-	for (*moved = span.start; *moved < span.end;) {
-		struct mapping mapping = {.end = *moved + UDD_PAGE_SIZE};
+	for (move->moved = span.start; move->moved < span.end;) {
+		struct mapping mapping = {.end = move->moved + UDD_PAGE_SIZE};
+		uint64_t old = move->moved;
+		bool grows;
 		uint64_t bytes;
 		long ret;
 
-		if (maps >= 0 && !mapping_at(maps, *moved, &mapping))
+		if (move->maps >= 0 && !mapping_at(move->maps, old, &mapping))
 			return -EFAULT;
-		bytes = udd_min(mapping.end, span.end) - *moved;
-		ret = udd_sys(SYS_mremap, *moved, bytes, *moved + bytes == span.end ? bytes + grow : bytes, MREMAP_MAYMOVE | MREMAP_FIXED | (flags & MREMAP_DONTUNMAP),
-			      target + (*moved - span.start));
+		bytes = udd_min(mapping.end, span.end) - old;
+		// The last of all: nothing can fail behind it.
+		grows = grow && old + bytes == span.end;
+		ret = udd_sys(SYS_mremap, old, bytes, grows ? bytes + grow : bytes,
+			      MREMAP_MAYMOVE | MREMAP_FIXED | (grows ? 0 : MREMAP_DONTUNMAP), target + (old - span.start));
 		if (udd_failed(ret))
 			return ret;
-		*moved += bytes;
+		move->moved = old + bytes;
+		if (grows)
+			break;
+		move->held = move->moved;
+		// One mapping for all that is only held. Where there is none to be had, the empty one holds the place as well.
+		if (!move->leaves)
+			udd_sys(SYS_mmap, old, bytes, PROT_NONE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	}
 	return 0;
 }
 
 // Moves merged runs with their pages; the pages that broke in place go along.
-static long move_run(int maps, struct udd_span span, uint64_t grow, uint64_t target, int flags, uint64_t *moved)
+static long move_run(struct move *move, struct udd_span span, uint64_t grow, uint64_t target)
 {
 	const struct udd_run_entry run = *udd_runs_find(&udd_agent.runs, span.start);
 	uint64_t behind = target + (span.end - span.start);
-	long ret = move_mappings(maps, span, 0, target, 0, moved);
+	long ret = move_mappings(move, span, 0, target);
 
-	if (*moved > span.start)
-		udd_readdress((struct udd_span){span.start, *moved}, target);
-	if (!udd_failed(ret) && (flags & MREMAP_DONTUNMAP))
+	if (move->moved > span.start)
+		udd_readdress((struct udd_span){span.start, move->moved}, target);
+	if (!udd_failed(ret) && move->leaves)
 		ret = udd_map_like(&run, span);
 	if (!udd_failed(ret) && grow)
 		ret = udd_map_like(&run, (struct udd_span){behind, behind + grow});
 	return ret;
 }
 
-static long move_all(int maps, struct udd_span from, uint64_t grow, uint64_t target, int flags, uint64_t *moved)
+static long move_all(struct move *move, struct udd_span from, uint64_t grow, uint64_t target)
 {
 	struct udd_runs *runs = &udd_agent.runs;
 	long ret = 0;
 
-	for (*moved = from.start; *moved < from.end && !udd_failed(ret);) {
-		uint64_t at = *moved;
+	for (move->moved = move->held = from.start; move->moved < from.end && !udd_failed(ret);) {
+		uint64_t at = move->moved;
 		const struct udd_run_entry *run = udd_runs_find(runs, at);
 		struct udd_span piece = {at, from.end};
 		bool merged = run && run->address <= at;
@@ -162,9 +181,9 @@ static long move_all(int maps, struct udd_span from, uint64_t grow, uint64_t tar
 			piece.end = udd_min(piece.end, run->address);
 		more = piece.end == from.end ? grow : 0;
 		if (merged)
-			ret = move_run(maps, piece, more, target + (at - from.start), flags, moved);
+			ret = move_run(move, piece, more, target + (at - from.start));
 		else
-			ret = move_mappings(maps, piece, more, target + (at - from.start), flags, moved);
+			ret = move_mappings(move, piece, more, target + (at - from.start));
 	}
 	return ret;
 }
@@ -190,6 +209,7 @@ static long grow_in_place(uint64_t end, uint64_t bytes)
 // every piece keeps its physical pages, so that even memory pinned by a device goes along.
 static long move_mapping(int maps, struct udd_span from, uint64_t new_bytes, int flags, uint64_t wanted)
 {
+	struct move move = {.maps = maps, .leaves = flags & MREMAP_DONTUNMAP};
 	uint64_t old_bytes = from.end - from.start;
 	uint64_t end;
 	long target;
@@ -217,11 +237,16 @@ static long move_mapping(int maps, struct udd_span from, uint64_t new_bytes, int
 	if (udd_failed(target))
 		return target;
 	udd_forget((struct udd_span){(uint64_t)target, (uint64_t)target + new_bytes});
-	ret = move_all(maps, from, new_bytes - old_bytes, (uint64_t)target, flags, &end);
-	if (!udd_failed(ret))
+	ret = move_all(&move, from, new_bytes - old_bytes, (uint64_t)target);
+	if (!udd_failed(ret)) {
+		if (!move.leaves && move.held > from.start)
+			udd_sys(SYS_munmap, from.start, move.held - from.start);
 		return target;
+	}
 	// Out of mappings, or of memory. What moved goes back, as if nothing had happened.
-	move_all(maps, (struct udd_span){(uint64_t)target, (uint64_t)target + (end - from.start)}, 0, from.start, 0, &end);
+	end = move.moved;
+	move.leaves = false;
+	move_all(&move, (struct udd_span){(uint64_t)target, (uint64_t)target + (end - from.start)}, 0, from.start);
 	udd_sys(SYS_munmap, target, new_bytes);
 	return ret;
 }

@@ -59,6 +59,7 @@ static const struct {
 	{SYS_pwrite64, {-1}},
 	{SYS_read, {-1}},
 	{SYS_recvmsg, {-1}},
+	{SYS_rt_sigaction, {0}},
 	{SYS_sched_getattr, {0}},
 	{SYS_sched_setattr, {0}},
 	{SYS_sendmsg, {-1}},

@@ -7,6 +7,7 @@
 #include "../common/digest.h"
 #include "../common/uffd.h"
 #include "fault.h"
+#include "hooks.h"
 #include "sys.h"
 #include "transaction.h"
 
@@ -51,6 +52,7 @@ void udd_refresh_layout(void)
 		return;
 	__atomic_store_n(&udd_live()->mapped, 0, __ATOMIC_RELAXED);
 	udd_layout_note_files(layout);
+	udd_look_for_handlers();
 	udd_worker_unlock(started);
 	udd_layout_read(layout, udd_agent.arena);
 	udd_marks_sweep(&udd_agent.marks, layout);
@@ -338,10 +340,12 @@ void udd_scan(struct udd_scan_state *state, uint32_t pages, struct udd_reports *
 			return;
 		}
 		span = (struct udd_span){udd_max(state->cursor, candidate->start), candidate->end};
-		state->cursor = candidate->stale ? candidate->end
-						 : look_at(state, span, candidate->file,
-							   udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies), false,
-							   ret, reports);
+		// Where merged memory is in use again, the next reading of the layout says so in time for a linear scan.
+		state->cursor = candidate->stale || candidate->merged
+					? candidate->end
+					: look_at(state, span, candidate->file,
+						  udd_min(budget - ret->visited, UDD_COPY_SLOTS - state->copies), false, ret,
+						  reports);
 	}
 }
 

@@ -377,14 +377,18 @@ static size_t answer_runs(struct worker *worker, const struct udd_cursor *cursor
 	struct udd_run *items = (struct udd_run *)(ret + 1);
 	const struct udd_runs *runs = &udd_agent.runs;
 	bool counts = cursor->header.value == 1;
+	bool goes_on = counts && cursor->address;
 	const struct udd_run_entry *run;
+	bool cut_short;
 
 	udd_lock_exclusive(&live->lock, 0);
 	udd_settle();
-	if (counts && cursor->address == 0)
+	if (counts && !goes_on)
 		live->reported = 0;
+	cut_short = goes_on && !live->reported;
 	ret->value = live->drops->head;
-	run = runs->count ? udd_runs_find(runs, cursor->address) : NULL;
+	// A count goes on at its border: what moved to between that and the last run reported is counted already.
+	run = runs->count && !cut_short ? udd_runs_find(runs, goes_on ? live->reported : cursor->address) : NULL;
 	for (; run && ret->count < UDD_ITEMS_MAX; run = udd_runs_next(run)) {
 		const struct udd_segment_map *segment = &udd_agent.segments[run->segment];
 
@@ -397,7 +401,7 @@ static size_t answer_runs(struct worker *worker, const struct udd_cursor *cursor
 			.slot = run->slot,
 		};
 	}
-	if (counts)
+	if (counts && !cut_short)
 		live->reported = run ? run->address : UINT64_MAX;
 	udd_unlock_exclusive(&live->lock);
 	return sizeof(*ret) + ret->count * sizeof(*items);

@@ -88,7 +88,9 @@ enum udd_message_type {
 	UDD_UNMERGE = 10,
 	// struct udd_cursor; answer: up to UDD_ITEMS_MAX × struct udd_run with address ≥ cursor, ascending. With header.value 1 the
 	// engine counts references anew: at cursor 0 all drops so far are void (header.value of the answer: the drop ring's head
-	// then), and until the last answer (no items) drops are recorded only for runs that were reported.
+	// then), and until the last answer (no items) drops are recorded only for runs that were reported. Where memory moves
+	// meanwhile (mremap) from what was reported to what was not, or the other way, the count ends early and no drops are recorded
+	// any more; drops_lost counts up, so that the engine begins another.
 	UDD_RUNS = 11,
 	// struct udd_cursor, an index: the next segment from there on that an earlier engine gave and that runs still refer to; answer:
 	// udd_handover. Ancillary, if the agent has it (a fork child does not): the segment's descriptor. An engine that takes such a
@@ -254,7 +256,7 @@ struct udd_stats {
 	uint64_t merging;        // 1 while transactions are allowed
 	uint64_t foreign_events; // removals that no hook announced
 	uint64_t memory_bytes;   // the agent's own memory, shared area excluded
-	uint64_t drops_lost;     // drop records that found the ring full: the engine must ask UDD_RUNS again
+	uint64_t drops_lost;     // drop records that found the ring full, and counts cut short: the engine must ask UDD_RUNS again
 	uint64_t lock_max_ns;    // longest exclusive hold of the map lock by the worker
 	char reason[UDD_REASON_MAX]; // why merging is 0
 };

@@ -45,6 +45,10 @@ class Puppet:
         """Changes one bit of a page, or changes it back."""
         assert self.ask(f"flip {page} {byte}") == "ok"
 
+    def swap(self, first: int, second: int) -> None:
+        """Has two pages change places, by ``mremap``; their numbers stay with the places."""
+        assert self.ask(f"swap {first} {second}") == "ok"
+
     def stats(self) -> tuple[bool, int, str]:
         """Merging, pages merged, reason; as its agent has it."""
         merging, pages, reason = self.ask("stats").split(" ", 2)

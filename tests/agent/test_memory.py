@@ -28,6 +28,7 @@ CASES = (
     "shrunk",
     "moved-onto-merged",
     "moved-and-kept-mapped",
+    "kept-mapped-all-the-while",
     "heap-shrinks",
     "locked",
     "attributes",
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
 
 @pytest.fixture
 def program(compile_c: Callable[..., Path]) -> Path:
-    return compile_c(PROGRAM, "-Inative")
+    return compile_c(PROGRAM, "-Inative", "-pthread")
 
 
 @pytest.mark.parametrize("layout", ["whole", "cut"])

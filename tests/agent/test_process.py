@@ -19,6 +19,8 @@ CASES = (
     "main-thread-exits",
     "handler-maps-while-main-unmaps",
     "handler-at-every-instruction",
+    "signals-wait-where-they-have-handlers",
+    "first-handler-among-hooks",
     "signals-interrupt",
     "pipe-ends-at-once",
     "no-descriptor-free",

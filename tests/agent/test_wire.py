@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def puppet(compile_c: Callable[..., Path], ledger: Ledger, fake: FakeEngine) -> 
     puppet.end()
 
 
+def mappings_known(fake: FakeEngine) -> int:
+    """How many mappings the agent has seen at its last look at all of its memory."""
+    offset: int = lib.UDD_SHARED_STATS + ffi.offsetof("struct udd_stats", "vmas")
+    return int(struct.unpack_from("<Q", fake.area, offset)[0])
+
+
 def test_merges_what_is_equal(fake: FakeEngine, puppet: Puppet) -> None:
     assert fake.segment(1, CONTENT) == 0
     assert fake.merge(puppet.address, PAGES) == (ALL, 0, 0, 0, 0)
@@ -72,6 +79,57 @@ def test_merges_what_is_equal(fake: FakeEngine, puppet: Puppet) -> None:
     assert puppet.is_right()
     assert fake.request(lib.UDD_UNMERGE)[2] == PAGES - 1
     assert puppet.merged() == 0
+
+
+def test_new_content_of_merged_memory_can_be_hinted_at_once(fake: FakeEngine, puppet: Puppet) -> None:
+    """Guests and caches use the same memory for one thing after the other."""
+    assert fake.segment(1, CONTENT) == 0
+    mappings = mappings_known(fake)
+    assert fake.merge(puppet.address, PAGES)[0] == ALL
+    puppet.ask("map")
+    deadline = time.monotonic() + 20
+    while mappings_known(fake) == mappings:  # until it has looked anew what memory it has
+        assert time.monotonic() < deadline
+        fake.scan()
+    for number in range(PAGES):
+        puppet.write(number)
+    status, count, _, body = fake.request(lib.UDD_VISIT, struct.pack("<QQ", puppet.address, PAGES), 1)
+    assert (status, count) == (0, PAGES)
+    assert struct.unpack_from("<Q", body, 16)[0] == puppet.address
+    assert fake.segment(2, b"".join(page(number, 2) for number in range(PAGES))) == 0
+    assert fake.merge(puppet.address, PAGES, 2) == (ALL, 0, 0, 0, 0)
+    assert puppet.is_right()
+    assert puppet.merged() == PAGES
+
+
+def test_lone_writes_leave_memory_that_can_be_merged_again(
+    compile_c: Callable[..., Path], ledger: Ledger, fake: FakeEngine
+) -> None:
+    """Hundreds a second, as in a guest that reads one file after the other."""
+    pages, run = 320, 64
+    program = compile_c(PROGRAM, "-Inative")
+    environment = {
+        "LD_PRELOAD": str(LIBRARY),
+        "UDEDUP_SOCKET": str(fake.path),
+        "SALT": str(SALT),
+        "PAGES": str(pages),
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    puppet = Puppet(Wrapper(None, ledger).start(program, extra=environment, **pipes))
+    fake.accept()
+    fake.scan()
+    content = b"".join(page(number) for number in range(pages))
+    assert fake.segment(1, content, slots=pages, size=pages * PAGE) == 0
+    for first in range(0, pages, run):
+        assert fake.merge(puppet.address + first * PAGE, run, slot=first)[0] == ALL
+    for number in range(pages):
+        puppet.write(number * 37 % pages)
+        time.sleep(0.001)
+    maps = Path(f"/proc/{puppet.process.pid}/maps").read_text(encoding="utf-8").splitlines()
+    # The agent's own mapping of the store can't be written to.
+    assert not [line for line in maps if "udedup-store" in line and " rw-p " in line]
+    assert puppet.is_right()
+    puppet.end()
 
 
 def test_other_content_is_a_mismatch(fake: FakeEngine, puppet: Puppet) -> None:

@@ -3,9 +3,9 @@
 
 For each kind (tests/engine/hostile.py) in turns: the latencies of honest agents and of a control client beside an
 honest process of the same size, then beside the hostile one, and so on. Both run at the lowest priority, so that what
-is measured is what the engine does for them, not the processor time that any busy process takes. The figures are the
-time from a hint to the merge of its page, and that of a control request (`status` without what the kernel says), by
-the median beside the honest process.
+is measured is what the engine does for them, not the processor time that any busy process takes. What is compared is
+the median time from a hint to the merge of its page, and that of a control request (`status` without what the kernel
+says), of each two that followed each other; the figure is the median of these ratios.
 """
 
 import argparse
@@ -38,7 +38,7 @@ REQUESTS: Final = 40
 PAUSE: Final = 0.03
 """Between two samples, s."""
 
-PAIRS: Final = 3
+PAIRS: Final = 5
 PAIRS_QUICK: Final = 1
 LIMIT: Final = 1.10
 START_SECONDS: Final = 1.0
@@ -55,6 +55,10 @@ class Latencies:
 
     requests: list[float] = attrs.field(factory=list)
     """Of a control request."""
+
+    def medians(self) -> tuple[float, float]:
+        """Of both."""
+        return statistics.median(self.hints), statistics.median(self.requests)
 
 
 def wait_for(condition: Callable[[], bool], agents: tuple[FakeAgent, ...]) -> None:
@@ -118,37 +122,42 @@ def measure(engine: Engine, ret: Latencies) -> None:
 
 def compare(bench: Bench, kind: str, sleep: int, pairs: int) -> list[Figure]:
     """The ratios of one kind."""
-    normal, attacked = Latencies(), Latencies()
+    medians: list[list[tuple[float, float]]] = []
     with bench.engine("--socket-mode", "666", "--sleep-millisecs", str(sleep)) as engine:
         # Before the engine has seen anything, and its memory has its size.
         with beside(engine, "honest"):
             measure(engine, Latencies())
         for _ in range(pairs):
-            for beside_whom, latencies in (("honest", normal), (kind, attacked)):
+            pair = []
+            for beside_whom in ("honest", kind):
+                latencies = Latencies()
                 with beside(engine, beside_whom):
                     measure(engine, latencies)
+                pair.append(latencies.medians())
+            medians.append(pair)
     figures = []
-    for what, with_, without in (
-        ("hint to merged", attacked.hints, normal.hints),
-        ("control request", attacked.requests, normal.requests),
-    ):
-        before = statistics.median(without)
+    for i, what in enumerate(("hint to merged", "control request")):
+        ratios = [during[i] / before[i] for before, during in medians]
+        figure = Figure.of(f"{kind}, sleep {sleep} ms: {what}", "×", ratios, LIMIT)
+        before, during = (
+            1e3 * statistics.median(latencies[i] for latencies in side) for side in zip(*medians, strict=True)
+        )
         print(
-            f"{kind:<12} {sleep:>3} ms  {what:<16} {1e3 * before:8.3f} ms  {1e3 * statistics.median(with_):8.3f} ms"
-            f"  × {statistics.median(with_) / before:.3f}",
+            f"{kind:<12} {sleep:>3} ms  {what:<16} {before:8.3f} ms  {during:8.3f} ms"
+            f"  × {figure.value:.3f} ({figure.low:.3f} … {figure.high:.3f})",
             file=sys.stderr,
             flush=True,
         )
-        figures.append(Figure.of(f"{kind}, sleep {sleep} ms: {what}", "×", [each / before for each in with_], LIMIT))
+        figures.append(figure)
     return figures
 
 
 def main() -> int:
     """1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one pair of each, instead of three")
+    parser.add_argument("--quick", action="store_true", help=f"one pair of each, instead of {PAIRS}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--sleep-millisecs", type=int, default=20, help="of the engine (default: 20, KSM's)")
+    parser.add_argument("--sleep-millisecs", type=int, default=0, help="of the engine (default: 0, at full speed)")
     parser.add_argument("kind", nargs="*", help=f"which clients (default: all): {', '.join(HOSTILE)}")
     arguments = parser.parse_args()
     for kind in arguments.kind:
@@ -162,7 +171,7 @@ def main() -> int:
     with workplace() as bench:
         for kind in arguments.kind or HOSTILE:
             figures += compare(bench, kind, arguments.sleep_millisecs, pairs)
-    report = Report("hostile", "ratio of medians, beside a hostile and an honest process", figures)
+    report = Report("hostile", "median of ratios of medians, beside a hostile and an honest process in turns", figures)
     text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
     print(text)
     if arguments.json is not None:

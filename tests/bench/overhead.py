@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """What do programs lose that are wrapped while nothing of theirs is merged?
 
-Pairs of a bare and a wrapped process do the same work in turns, both started once and kept: a program that lives on
-malloc and mmap, redis-server under redis-benchmark, and preads of 4 KiB from the page cache. The engine scans a page
+Pairs of a bare and a wrapped process do the same work in turns: a program that lives on malloc and mmap,
+redis-server under redis-benchmark, and preads of 4 KiB from the page cache. Two bare processes of the first kind differ
+by a percent or two for as long as they live, by where their memory happens to lie; so pairs of it are started anew, and
+each counts with the median of its turns. The engine scans a page
 an hour, so that neither merging nor scanning is part of it; hints are on. CPU time where the question allows it: of the
 process, with the agent's threads. For the pread, each process compares libc's function with the raw system
 call, and the wrapped process's difference less the bare one's is what the hook adds. Turns are short and many: the
@@ -10,6 +12,7 @@ median of their ratios then stands still on a busy machine.
 """
 
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +26,8 @@ from measuring import UDEDUP, Bench, Engine, Figure, Report, main, process_cpu, 
 PAIRS: Final = 101
 PAIRS_QUICK: Final = 31
 CHURN_ROUNDS: Final = 300
+CHURN_TURNS: Final = 8
+"""of each pair."""
 REDIS_REQUESTS: Final = 10_000
 REDIS_COMMANDS: Final = "set,get"
 PREADS: Final = 20_000
@@ -43,14 +48,23 @@ def measure_churn(bench: Bench, engine: Engine, pairs: int) -> tuple[Figure, dic
     """malloc and mmap."""
     program = bench.compile("churn")
     times: dict[bool, list[float]] = {False: [], True: []}
-    with bench.start(None, program, CHURN_ROUNDS) as bare, bench.start(engine, program, CHURN_ROUNDS) as wrapped:
-        wait_for_agents(engine, 1)
-        for each in (bare, wrapped):
-            each.ask("warm up")
-        for pair in range(pairs):
-            # Who is second finds other caches: take turns.
-            for is_wrapped in (True, False) if pair % 2 else (False, True):
-                times[is_wrapped].append(int((wrapped if is_wrapped else bare).ask("go")[0]) / 1e6)
+    for pair in range(pairs):
+        # Who is first, at the start and in a turn, finds other memory and other caches: each in turn.
+        order = (True, False) if pair % 2 else (False, True)
+        turns: dict[bool, list[float]] = {False: [], True: []}
+        with ExitStack() as stack:
+            both = {
+                each: stack.enter_context(bench.start(engine if each else None, program, CHURN_ROUNDS))
+                for each in order
+            }
+            wait_for_agents(engine, 1)
+            for process in both.values():
+                process.ask("warm up")
+            for turn in range(CHURN_TURNS):
+                for is_wrapped in order if turn % 2 else order[::-1]:
+                    turns[is_wrapped].append(int(both[is_wrapped].ask("go")[0]) / 1e6)
+        for is_wrapped in order:
+            times[is_wrapped].append(statistics.median(turns[is_wrapped]))
     figure = Figure.of("malloc and mmap, CPU lost", "%", losses(times[False], times[True]), LOSS_LIMIT)
     return figure, {
         "bare_ms": Figure.of("bare", "ms", times[False]).as_dict(),
@@ -150,7 +164,7 @@ def measure(bench: Bench, quick: bool) -> Report:
     """All three."""
     pairs = PAIRS_QUICK if quick else PAIRS
     with bench.engine(*IDLE) as engine:
-        churn, churn_details = measure_churn(bench, engine, pairs)
+        churn, churn_details = measure_churn(bench, engine, pairs // 2)
         redis_cpu, redis_rate, redis_details = measure_redis(bench, engine, pairs)
         pread, pread_details = measure_pread(bench, engine, pairs)
     return Report(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from support.engine import Engine, udedup
 from support.ledger import Ledger
+from support.tmpfs import mount_tmpfs
 
 from udedup.fallocate import punch_hole
 
@@ -42,11 +43,7 @@ def engine(engine_factory: Callable[..., Engine]) -> Engine:
 @pytest.fixture
 def small(tmp_path: Path, ledger: Ledger) -> Path:
     """An empty file system with little room."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    ledger.add_mount(directory)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "small", directory], check=True)
-    return directory
+    return mount_tmpfs(tmp_path / "small", "size=3M", ledger)
 
 
 def clone(engine: Engine, base: Path, name: str, *options: str | Path) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.engine import END_SECONDS, UDEDUP, read_line, udedup
+from support.engine import END_SECONDS, UDEDUP, Engine, read_line, udedup
 from support.ledger import Ledger, mounted
 
 import udedup as package
@@ -22,13 +22,18 @@ from udedup.engine.privileges import KEPT
 from udedup.places import SYSTEM_SOCKET
 
 UNITS = Path(package.__file__).parent / "systemd"
+README = Path(__file__).parent.parent.parent / "README.md"
 SERVICE, SOCKET = UNITS / "udedup.service", UNITS / "udedup.socket"
 
 
 def directives(unit: Path) -> dict[str, list[str]]:
     """All values of each directive, in order."""
+    return directives_of(unit.read_text())
+
+
+def directives_of(text: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in unit.read_text().splitlines():
+    for line in text.splitlines():
         name, separator, value = line.partition("=")
         if separator and not line.startswith("#"):
             found.setdefault(name, []).append(value)
@@ -95,6 +100,52 @@ def test_systemd_rates_the_sandbox(installed: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.require("systemd")
+def test_a_place_for_the_mount(tmp_path: Path) -> None:
+    subprocess.run(
+        ["systemd-tmpfiles", "--create", f"--root={tmp_path}", UNITS / "tmpfiles.conf"], check=True, capture_output=True
+    )
+    place = tmp_path / "run" / "udedup" / "disks"
+    assert (place.is_dir(), place.stat().st_mode & 0o777, list(place.iterdir())) == (True, 0o755, [])
+
+
+def drop_in() -> str:
+    """What the README has an administrator put beside a unit of theirs."""
+    found = re.search(r"```ini\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.mark.require("systemd")
+def test_a_service_is_wrapped_by_a_drop_in(tmp_path: Path) -> None:
+    """systemd takes it, and the command that it then starts is the wrapped one alone."""
+    (tmp_path / "own.service").write_text("[Service]\nExecStart=/bin/false\n")
+    folder = tmp_path / "own.service.d"
+    folder.mkdir()
+    wrapped = drop_in().replace("/usr/bin/redis-server /etc/redis/redis.conf", "/bin/true")
+    (folder / "udedup.conf").write_text(wrapped.replace("/usr/bin/udedup", str(Path(sys.executable).parent / "udedup")))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(tmp_path / "own.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert [line for line in done.stderr.splitlines() if "own.service" in line] == []
+    assert directives(folder / "udedup.conf")["ExecStart"][0] == ""
+
+
+@pytest.mark.require("systemd", "userfaultfd-move", "root")
+def test_the_wrapped_program_is_the_main_process(tmp_path: Path, engine: Engine) -> None:
+    """As the manager starts it, with the words of the drop-in and next to nothing in the environment."""
+    words = directives_of(drop_in())["ExecStart"][1].split()
+    assert words[:3] == ["/usr/bin/udedup", "run", "--"]
+    script = "import os; print(os.getpid(), 'libudedup.so' in open('/proc/self/maps').read())"
+    command = [*UDEDUP, *words[1:2], "--socket", str(engine.socket), *words[2:3], sys.executable, "-c", script]
+    process = subprocess.Popen(command, env={"PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate(timeout=30)
+    assert output == f"{process.pid} True\n"
+
+
 # ---- what the unit lets an engine do, against what it does ----
 
 
@@ -139,6 +190,7 @@ def test_the_engine_does_nothing_that_the_unit_forbids(tmp_path: Path, ledger: L
     programs = [subprocess.Popen(command) for _ in range(2)]
     assert json.loads(udedup("status", "--socket", path, "--json").stdout)["images"]
     assert udedup("mount", "--socket", path, f"again={disk}").returncode == 0
+    os.kill(pid, signal.SIGHUP)
     assert [program.wait(30) for program in programs] == [0, 0]
     os.kill(pid, signal.SIGTERM)
     assert process.wait(END_SECONDS) == 0
@@ -209,6 +261,32 @@ def test_an_engine_under_systemd(tmp_path: Path, manager: socket.socket, ledger:
         rest.append(manager.recv(100))
     assert path.exists()
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.require("userfaultfd-move", "root")
+def test_the_manager_hears_of_a_reload(tmp_path: Path, manager: socket.socket, ledger: Ledger) -> None:
+    """What ExecReload does; the file is read before anything else is said (sd_notify(3))."""
+    assert directives(SERVICE)["ExecReload"] == ["kill -HUP $MAINPID"]
+    file = tmp_path / "udedup.toml"
+    file.write_text("[limits]\npages-to-scan = 7\n")
+    file.chmod(0o644)
+    environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    path = tmp_path / "socket"
+    process = subprocess.Popen(
+        [*UDEDUP, "engine", "--socket", str(path), "--config", str(file)], env=environment, stdout=subprocess.DEVNULL
+    )
+    ledger.add_process(process.pid)
+    assert manager.recv(100) == b"READY=1"
+    file.write_text("[limits]\npages-to-scan = 8\n")
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    process.send_signal(signal.SIGHUP)
+    word, _, stamp = manager.recv(100).decode().partition("\nMONOTONIC_USEC=")
+    assert word == "RELOADING=1"
+    assert int(stamp) >= before
+    assert manager.recv(100) == b"READY=1"
+    assert json.loads(udedup("status", "--socket", path, "--json").stdout)["pages_to_scan"] == 8
+    process.terminate()
+    assert process.wait(END_SECONDS) == 0
 
 
 @pytest.mark.require("userfaultfd-move", "root")

@@ -3,6 +3,7 @@
 Each does one thing as fast as it can until it is killed; if the engine drops it, it comes back.
 """
 
+import contextlib
 import os
 import socket
 import struct
@@ -11,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from engine.fake_agent import HEADER, PAGE, FakeAgent, page
 
+from udedup._native import lib
 from udedup.engine.control import request
 
 BASE = 0x10000000
@@ -108,6 +110,44 @@ class Hoarder(Publisher):
         return 0, count, 0, results
 
 
+class Forger(Endless):
+    """Says of every page that it is its own and merged, and gives back what it never had."""
+
+    def on_scan(self, count: int, packet: bytes) -> tuple[int, int, int, bytes]:
+        for i in range(64):
+            self.push_drop((1 << 40) + i * PAGE, 1 + i, i, 4096)
+        return super().on_scan(count, packet)
+
+
+class Replayer(Endless):
+    """Answers each request twice."""
+
+    def answer(self, kind: int, count: int, packet: bytes, descriptors: list[int]) -> Any:
+        answer = super().answer(kind, count, packet, descriptors)
+        if answer is not None:
+            status, items, value, body = answer
+            sequence = HEADER.unpack_from(packet)[3]
+            self.sock.send(HEADER.pack(lib.UDD_MAGIC, lib.UDD_DONE, items, sequence, status, value) + body)
+        return answer
+
+
+class Unread(Flooder):
+    """Hints, and never reads what it is asked for them."""
+
+    def _serve(self) -> None:
+        threading.Event().wait()
+
+
+class Smuggler(Endless):
+    """Sends a descriptor with each answer that must have none."""
+
+    wrong: ClassVar[int] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def answer(self, kind: int, count: int, packet: bytes, descriptors: list[int]) -> Any:
+        self.handed = self.wrong
+        return super().answer(kind, count, packet, descriptors)
+
+
 def serve(kind: type[Flooder], path: Path) -> None:
     agent = kind(path, {BASE + i * PAGE: page(i) for i in range(1000)}).join()
     if not agent.refused:
@@ -173,7 +213,8 @@ def agents(kind: type[Flooder]) -> Callable[[Path], None]:
 
     def go_on(path: Path) -> None:
         while True:
-            serve(kind, path)
+            with contextlib.suppress(OSError):
+                serve(kind, path)
 
     return go_on
 
@@ -187,6 +228,10 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "idler": agents(Idler),
     "publisher": agents(Publisher),
     "hoarder": agents(Hoarder),
+    "forger": agents(Forger),
+    "replayer": agents(Replayer),
+    "unread": agents(Unread),
+    "smuggler": agents(Smuggler),
     "come-and-go": repeat(come_and_go),
     "ask": repeat(ask),
     "say-nothing": repeat(say_nothing),

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import math
 import mmap
 import os
@@ -25,7 +26,7 @@ from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.agent import _items
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import DomainRules
-from udedup.engine.guests import Guests
+from udedup.engine.guests import CONNECT_SECONDS, LINES, LINES_SECONDS, REST_PER_WORK, WAIT_SECONDS, Guests
 from udedup.engine.wire import HEADER, REPORT_BYTES, REPORTS_BYTES, SHARED_BYTES, AgentError, refusal
 from udedup.errors import UdedupError
 
@@ -152,7 +153,7 @@ async def test_time_of_users_is_shared_out(autojump_clock: trio.testing.MockCloc
     assert trio.current_time() - began == 1.0
 
 
-def test_connections_of_users() -> None:
+async def test_connections_of_users() -> None:
     guests = Guests(own=frozenset({0}), connections_max=8)
     for _ in range(2):
         assert guests.comes(1000)
@@ -169,6 +170,32 @@ def test_connections_of_users() -> None:
     guests.goes(1000)
     guests.goes(1000)
     guests.check_room(0)
+
+
+async def test_connections_that_come_to_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """They take no more than a part of the engine's time; others connect as before."""
+    guests = Guests(own=frozenset({0}), connections_max=8)
+    taken = 0
+    began = trio.current_time()
+    while trio.current_time() - began < 10:
+        for _ in range(5):
+            if guests.comes(1000):
+                taken += 1
+                guests.goes(1000)
+        assert guests.comes(0)
+        guests.goes(0)
+        await trio.sleep(0.001)
+    assert guests.comes(1001)
+    assert taken * CONNECT_SECONDS <= (10 + WAIT_SECONDS) / (1 + REST_PER_WORK) + CONNECT_SECONDS
+
+
+async def test_lines_about_one_user(autojump_clock: trio.testing.MockClock) -> None:
+    guests = Guests(own=frozenset({0}), connections_max=8)
+    for _ in range(2):
+        levels = [guests.heard_of(1000) for _ in range(50)]
+        assert levels == [logging.WARNING] * LINES + [logging.DEBUG] * (50 - LINES)
+        assert guests.heard_of(1001) == guests.heard_of(0) == logging.WARNING
+        await trio.sleep(LINES_SECONDS + 1)
 
 
 def test_layout_of_the_shared_area() -> None:

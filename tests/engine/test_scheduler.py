@@ -28,12 +28,22 @@ class Model:
     """Time one scan call takes."""
     cpu_per_page: float = 0.0
     """s."""
+    hint_yield: float = 0.0
+    """Part of the hinted pages that match."""
+    scan_yield: float = 0.0
+    """Likewise, of the linear scan's."""
+    matched_hinted: int = 0
+    matched_scanned: int = 0
+    change_part: float = 0.0
+    """Part of the linear scan's pages that are new or have changed."""
+    changed: int = 0
+    agents_joined: int = 1
     present: bool = True
     merged: int = 0
     visited: int = 0
     position: int = 0
     diary: list[tuple[float, str, int]] = attrs.field(factory=list)
-    changed: trio.Event = attrs.field(factory=trio.Event)
+    news: trio.Event = attrs.field(factory=trio.Event)
 
     def note(self, what: str, pages: int) -> None:
         self.visited += pages
@@ -41,13 +51,14 @@ class Model:
 
     async def wait_for_agents(self) -> None:
         while not self.present:
-            await self.changed.wait()
+            await self.news.wait()
         await trio.lowlevel.checkpoint()
 
     async def visit_hints(self, pages: int) -> int:
         await trio.lowlevel.checkpoint()
         taken = min(pages, self.hints)
         self.hints -= taken
+        self.matched_hinted += round(taken * self.hint_yield)
         self.note("hints", taken)
         return taken
 
@@ -55,6 +66,8 @@ class Model:
         await trio.sleep(self.scan_seconds)
         taken = min(pages, self.round_pages - self.position)
         self.position += taken
+        self.matched_scanned += round(taken * self.scan_yield)
+        self.changed += round(taken * self.change_part)
         self.note("scan", taken)
         if self.position < self.round_pages:
             return Step(taken, 0)
@@ -66,7 +79,7 @@ class Model:
         if hints and self.hints and not quiet_only:
             await trio.lowlevel.checkpoint()
             return
-        await self.changed.wait()
+        await self.news.wait()
 
     @property
     def cpu_seconds(self) -> float:
@@ -76,8 +89,8 @@ class Model:
         return sum(pages for _, kind, pages in self.diary if kind == what)
 
     def change(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
+        self.news.set()
+        self.news = trio.Event()
 
 
 async def run_for(seconds: float, model: Model, policy: Policy, sleep_millisecs: int, pace: Pace | None = None) -> None:
@@ -124,7 +137,7 @@ async def test_hints_are_served_within_a_spurt_or_two(
 async def test_the_end_of_a_round_is_the_end_of_a_spurt(autojump_clock: trio.testing.MockClock) -> None:
     """As in KSM, also where several spurts come together: 150 pages take two."""
     model = Model(round_pages=150)
-    await run_for(9.995, model, Policy(0, 1), 20)
+    await run_for(9.995, model, POLICIES["linear"](1, 1), 20)
     assert model.visited == pytest.approx(500 / 2 * 150, rel=QUIET_SECONDS / 9)
 
 
@@ -135,6 +148,88 @@ async def test_ratio(runs: tuple[int, int], part: float, autojump_clock: trio.te
     model = Model(hints=10**9, round_pages=10**9)
     await run_for(39.995, model, Policy(*runs), 10)
     assert model.pages("hints") == pytest.approx(part * model.visited, rel=0.02)
+
+
+async def test_a_scan_that_finds_nothing_goes_on_at_a_quarter_of_the_rate(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(round_pages=25_000)
+    nursery.start_soon(run_for, 10_000.0, model, POLICIES["xlh"](1, 1), 20)
+    await trio.sleep(15)
+    assert model.visited >= 14 / 0.02 * PAGES  # three rounds
+    await trio.sleep(1000)
+    visited = model.visited
+    await trio.sleep(1000)
+    assert model.visited - visited == pytest.approx(1000 / 0.02 * PAGES / 4, rel=0.02)
+
+
+@pytest.mark.parametrize("sign", ["scan_yield", "change_part", "agents_joined"])
+async def test_the_scan_is_quick_again_at_the_first_sign_of_something_new(
+    sign: str, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(round_pages=25_000)
+    nursery.start_soon(run_for, 10_000.0, model, POLICIES["xlh"](1, 1), 20)
+    await trio.sleep(1000)
+    if sign == "agents_joined":
+        model.agents_joined += 1
+        model.change()
+        await trio.sleep(0.1)
+    else:
+        setattr(model, sign, 0.1)
+        await trio.sleep(4.1)
+    visited = model.visited
+    await trio.sleep(12)
+    assert model.visited - visited >= 11 / 0.02 * PAGES
+
+
+async def test_hints_don_t_wait_for_a_scan_that_makes_long_pauses(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(round_pages=25_000)
+    nursery.start_soon(run_for, 10_000.0, model, POLICIES["xlh"](1, 1), 20)
+    await trio.sleep(1000.7)
+    model.hints = 5
+    model.change()
+    await trio.sleep(0.0401)
+    assert model.hints == 0
+
+
+async def test_linear_is_never_slower_than_ksm(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(round_pages=25_000)
+    await run_for(1000, model, POLICIES["linear"](1, 1), 20)
+    assert model.visited == pytest.approx(1000 / 0.02 * PAGES, rel=QUIET_SECONDS / 999)
+
+
+@pytest.mark.parametrize(
+    ("hint_yield", "scan_yield", "part"), [(0.4, 0.1, 15 / 16), (0.1, 0.4, 1 / 2), (0.0, 0.0, 1 / 2)]
+)
+async def test_hints_get_most_of_the_scan_s_spurts_while_they_match_more_often(
+    hint_yield: float, scan_yield: float, part: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    model = Model(hints=10**9, round_pages=10**9, hint_yield=hint_yield, scan_yield=scan_yield)
+    await run_for(39.995, model, POLICIES["xlh"](1, 1), 20)
+    assert model.pages("hints") == pytest.approx(part * model.visited, rel=0.02)
+    assert model.visited == pytest.approx(2000 * PAGES, rel=TOGETHER_SECONDS / 39)
+
+
+async def test_the_scan_has_its_spurts_back_when_it_finds_more(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(hints=10**9, round_pages=10**9, hint_yield=0.4, scan_yield=0.0)
+    nursery.start_soon(run_for, 1000.0, model, POLICIES["xlh"](1, 1), 20)
+    await trio.sleep(100)
+    model.hint_yield, model.scan_yield = 0.1, 0.9
+    await trio.sleep(200)
+    model.diary.clear()
+    await trio.sleep(50)
+    assert model.pages("scan") == pytest.approx(50 / 0.02 * PAGES / 2, rel=0.02)
+
+
+async def test_nothing_is_lent_to_hints_that_don_t_come(autojump_clock: trio.testing.MockClock) -> None:
+    model = Model(hints=1000, round_pages=10**9, hint_yield=1.0)
+    await run_for(39.995, model, POLICIES["xlh"](1, 1), 20)
+    assert model.pages("hints") == 1000
+    assert model.visited == pytest.approx(2000 * PAGES, rel=QUIET_SECONDS / 39)
 
 
 async def test_leftovers_of_a_dry_hint_spurt_are_scanned(autojump_clock: trio.testing.MockClock) -> None:
@@ -285,3 +380,28 @@ async def test_waiting_for_agents_is_not_scan_time(
     model.change()
     await trio.sleep(1)
     assert pace.pages_to_scan == PAGES
+
+
+async def test_another_pace_counts_at_once(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """Also in the middle of a long sleep, and from no limit to one."""
+    model = Model(round_pages=10**9)
+    scheduler = Scheduler(model, Policy(1, 1), FixedPace(PAGES), sleep_millisecs=3_600_000)
+    nursery.start_soon(scheduler.run)
+    await trio.sleep(10)
+    assert model.visited == PAGES
+    scheduler.change(FixedPace(7), sleep_millisecs=1000)
+    await trio.sleep(10.5)
+    assert PAGES + 9 * 7 <= model.visited <= PAGES + 11 * 7
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_rest_ends_with_another_pace(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    model = Model(round_pages=PAGES)
+    scheduler = Scheduler(model, Policy(0, 1, rests=False), FixedPace(PAGES), sleep_millisecs=0)
+    nursery.start_soon(scheduler.run)
+    await trio.sleep(30.1)
+    before = model.visited
+    scheduler.change(FixedPace(PAGES), sleep_millisecs=20)
+    await trio.sleep(3.1)
+    assert model.visited - before >= 50 * PAGES
+    nursery.cancel_scope.cancel()

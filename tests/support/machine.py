@@ -81,6 +81,10 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "setcap": _program("setcap"),
     "strace": _program("strace"),
     "systemd": _program("systemd-analyze"),
+    "bash": _program("bash"),
+    "zsh": _program("zsh"),
+    "fish": _program("fish"),
+    "mandoc": _program("mandoc"),
     "mke2fs": _program("mke2fs"),
     "fuse2fs": _program("fuse2fs"),
     "cpython-tests": lambda: (

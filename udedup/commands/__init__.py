@@ -1,12 +1,26 @@
 """The subcommands, one module each with ``prepare_parser`` and ``run``.
 
-A module's first docstring line is its help. Heavy imports happen inside ``run``, so that ``udedup run`` starts fast.
+A module's docstring is its help, the first line of it the summary. Heavy imports happen inside ``run``, so that
+``udedup run`` starts fast.
 """
 
 import argparse
 from typing import Protocol
 
-from udedup.commands import clone, doctor, engine, index, mount, run, status, umount, unmerge
+from udedup.commands import (
+    clone,
+    completion,
+    config,
+    doctor,
+    engine,
+    index,
+    mount,
+    run,
+    status,
+    topics,
+    umount,
+    unmerge,
+)
 
 
 class Command(Protocol):
@@ -31,4 +45,7 @@ COMMANDS: dict[str, Command] = {
     "status": status,
     "unmerge": unmerge,
     "doctor": doctor,
+    "config": config,
+    "completion": completion,
+    "help": topics,
 }

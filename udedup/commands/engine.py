@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from udedup.commands.host import require_host
 from udedup.commands.options import (
     add_advisor_options,
+    add_agent_options,
     add_backing_option,
     add_image_options,
     add_state_option,
@@ -17,6 +18,7 @@ from udedup.commands.options import (
     count,
     group,
     image_argument,
+    named_label,
     ratio,
     socket_mode,
 )
@@ -25,7 +27,7 @@ from udedup.errors import UdedupError
 from udedup.places import default_socket
 
 if TYPE_CHECKING:
-    from udedup.commands.settings import Settings
+    from udedup.engine.config import Ready
 
 COLLECT_AFTER = 20_000
 """Objects made until Python looks for garbage; its default is 700."""
@@ -34,7 +36,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``udedup engine``."""
+    """Adds the options of ``udedup engine``, which are those of the file as well (``udedup.commands.settings``)."""
+    limits = parser.add_argument_group("limits")
     parser.add_argument(
         "--config",
         type=Path,
@@ -82,14 +85,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="linear: scan memory in turns; xlh: look first where I/O just put content; eager: the same at once, and"
         " share image blocks from their first read on (default: %(default)s)",
     )
-    parser.add_argument(
+    limits.add_argument(
         "--pages-to-scan",
         type=count(1),
         default=1000,
         metavar="N",
         help="pages to look at before each sleep (default: %(default)s)",
     )
-    parser.add_argument(
+    limits.add_argument(
         "--sleep-millisecs",
         type=count(0),
         default=20,
@@ -102,13 +105,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="pass over pages that did not change, for up to 8 rounds (default: yes)",
     )
-    add_advisor_options(parser)
+    add_advisor_options(limits)
+    add_agent_options(limits)
     parser.add_argument(
         "--hint-ratio",
         type=ratio,
-        default=(1, 1),
+        default="1:1",
         metavar="H:S",
-        help="spurts spent on hinted pages to spurts of the linear scan (default: 1:1)",
+        help="spurts spent on hinted pages to spurts of the linear scan (default: %(default)s)",
     )
     parser.add_argument(
         "--huge-page-threshold",
@@ -126,7 +130,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "nothing about others' memory; for all programs, not only those started with `udedup run --quiet-breaks` "
         "(default: no)",
     )
-    parser.add_argument(
+    limits.add_argument(
         "--hint-slots",
         type=count(1),
         default=1 << 18,
@@ -142,13 +146,27 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="let programs of user UID join the trust domain LABEL; may be repeated",
     )
     parser.add_argument(
+        "--shared-domain",
+        type=named_label,
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="let all users named for LABEL with --allow-domain be in one domain, not in one each; may be repeated",
+    )
+    parser.add_argument(
+        "--zero-pages",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave pages of zeros to the kernel's own page of zeros (default: yes)",
+    )
+    parser.add_argument(
         "--pressure",
         choices=("auto", "off"),
         default="auto",
         help="watch the memory pressure of the machine and of the engine's control group, where the kernel tells: "
         "scan faster when programs wait for memory, and drop caches when they wait for long (default: %(default)s)",
     )
-    parser.add_argument(
+    limits.add_argument(
         "--max-map-count",
         type=count(1),
         metavar="N",
@@ -167,62 +185,27 @@ def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then leaves the programs merged and on their own."""
     if args.parent is not None:
         _end_with(args.parent)
-    settings = _settings(args)
-    # The command line goes before the file: what it sets is set last.
-    args = args.subparser.parse_args(args.words, args.subparser.parse_args(settings.words))
-    if args.image and args.mount is None:
+    chosen = choose(args)
+    if chosen.image and chosen.mount is None:
         args.subparser.error("--image needs --mount DIR to show it in")
     require_host()
-    logging.basicConfig(format="udedup: %(message)s", level=args.log_level.upper())
+    logging.basicConfig(format="udedup: %(message)s", level=chosen.log_level.upper())
 
     import gc
 
     import trio
 
-    from udedup.engine.advisor import ScanTimeTarget
-    from udedup.engine.config import EngineConfig, Ready
+    from udedup.commands.configuration import engine_config
+    from udedup.commands.reloading import Reloading
     from udedup.engine.server import run_engine
     from udedup.engine.service import Service
 
     # What is set there is not meant for an engine that a command started for itself.
     service = Service() if args.parent is not None else Service.take(os.environ)
 
-    advisor = ScanTimeTarget(
-        seconds=args.advisor_target_scan_time,
-        max_cpu=args.advisor_max_cpu,
-        min_pages_to_scan=args.advisor_min_pages_to_scan,
-        max_pages_to_scan=args.advisor_max_pages_to_scan,
-    )
-    config = EngineConfig(
-        socket=service.socket_path or args.socket.absolute(),
-        socket_mode=args.socket_mode,
-        socket_group=args.socket_group,
-        mount=None if args.mount is None else args.mount.absolute(),
-        images=tuple(args.image),
-        allow_other=args.allow_other,
-        image_format=args.image_format,
-        secret_file=None if args.secret_file is None else args.secret_file.absolute(),
-        allow_backing=tuple(directory.absolute() for directory in args.allow_backing),
-        state_dir=args.state_dir.absolute(),
-        policy=args.policy,
-        pages_to_scan=args.pages_to_scan,
-        sleep_millisecs=args.sleep_millisecs,
-        advisor=advisor if args.advisor_mode == "scan-time" else None,
-        hint_runs=args.hint_ratio[0],
-        scan_runs=args.hint_ratio[1],
-        smart_scan=args.smart_scan,
-        hint_slots=args.hint_slots,
-        huge_page_threshold=args.huge_page_threshold,
-        quiet_breaks=args.quiet_breaks,
-        allowed_domains=frozenset(args.allow_domain) | settings.allowed,
-        shared_domains=settings.shared,
-        map_count=args.max_map_count,
-        pressure_files=() if args.pressure == "off" else None,
-        drop_privileges=True,
-        service=service,
-    )
+    config = engine_config(chosen, service)
 
-    def announce(ready: Ready) -> None:
+    def announce(ready: "Ready") -> None:
         print(f"ready socket={ready.socket} mount={ready.mount or ''}", flush=True)
 
     async def serve() -> None:
@@ -237,9 +220,11 @@ def run(args: argparse.Namespace) -> int:
                         nursery.cancel_scope.cancel()
 
                 nursery.start_soon(end_when_told)
-                await run_engine(config, on_ready=announce)
+                with reloading.listening() as reloads:
+                    await run_engine(config, on_ready=announce, reloads=reloads)
                 nursery.cancel_scope.cancel()
 
+    reloading = Reloading(lambda: choose(args), service)
     # Modules and classes are forever. Collecting young objects less often halves the collector's share of the CPU.
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
@@ -253,15 +238,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> "Settings":
-    """Reads the file of settings, if there is one. Raises UdedupError."""
-    from udedup.commands.settings import Settings, default_file, load
+def choose(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns what the command line says, and beneath that what the file says, if there is one. Raises UdedupError."""
+    from udedup.commands.settings import words_of
 
-    path = args.config or default_file()
-    # An engine for one command's life has nobody to ask for domains, and nothing of the file is meant for it.
-    if args.config is None and (args.parent is not None or not path.exists()):
-        return Settings()
-    return load(path, prepare_parser)
+    # An engine for one command's life has nobody to ask for domains, and nothing of the usual file is meant for it.
+    words = () if args.config is None and args.parent is not None else words_of(args.config, prepare_parser)
+    # What the command line sets is set last.
+    chosen: argparse.Namespace = args.subparser.parse_args(args.words, args.subparser.parse_args(words))
+    return chosen
 
 
 def _first(group: BaseExceptionGroup[UdedupError]) -> UdedupError:

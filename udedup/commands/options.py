@@ -1,12 +1,17 @@
 """Options that several subcommands share, and the values they take."""
 
 import argparse
-from collections.abc import Callable
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udedup.labels import LABEL_BYTES_MAX, RESERVED
 from udedup.places import engine_socket, state_directory
 from udedup.vdi.formats import FORMATS
+
+if TYPE_CHECKING:
+    Container = argparse.ArgumentParser | argparse._ArgumentGroup
+    """What options can be added to."""
 
 
 def add_socket_option(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +30,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def add_advisor_options(parser: argparse.ArgumentParser) -> None:
+def add_advisor_options(parser: "Container") -> None:
     """Adds what sets the rate of the scan by itself, under KSM's names and with KSM's defaults."""
     parser.add_argument(
         "--advisor-mode",
@@ -52,6 +57,38 @@ def add_advisor_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--advisor-max-pages-to-scan", type=count(1), default=30000, metavar="N", help="default: %(default)s"
+    )
+
+
+def add_agent_options(parser: "Container") -> None:
+    """Adds what an engine grants the programs it serves."""
+    parser.add_argument(
+        "--agents-max",
+        type=count(1),
+        default=4096,
+        metavar="N",
+        help="programs served at a time; one user may have a quarter of that (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--answer-seconds",
+        type=seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a program's agent may take to answer before it is left to itself (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--holdoff-millisecs",
+        type=count(0),
+        default=1000,
+        metavar="N",
+        help="how long a page that was written to is not merged again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--retire-seconds",
+        type=seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="pause between two looks for parts of the store that are hardly used any more (default: %(default)g)",
     )
 
 
@@ -104,19 +141,37 @@ def image_argument(text: str) -> tuple[str | None, Path]:
     return name or None, Path(path).absolute()
 
 
-def count(minimum: int) -> Callable[[str], int]:
-    """Returns a parser of whole numbers not below ``minimum``."""
+class Count:
+    """Parses whole numbers not below ``minimum``."""
 
-    def parse(text: str) -> int:
+    def __init__(self, minimum: int) -> None:
+        self.minimum = minimum
+
+    def __call__(self, text: str) -> int:
+        """Raises ArgumentTypeError for anything else."""
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is below the least value, {minimum}")
+        if value < self.minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below the least value, {self.minimum}")
         return value
 
-    return parse
+
+def count(minimum: int) -> Count:
+    """Returns a parser of whole numbers not below ``minimum``."""
+    return Count(minimum)
+
+
+def seconds(text: str) -> float:
+    """Parses a time above 0 and not endless, s."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait: give more than 0")
+    return value
 
 
 def ratio(text: str) -> tuple[int, int]:

@@ -3,7 +3,13 @@
 ```
 [engine]                      # the options of `udedup engine`, by their names
 mount = "/srv/disks"
-image = ["web=/var/lib/images/web.img"]
+socket-mode = "666"
+
+[images]                      # names in the mount, and the files
+web = "/var/lib/images/web.img"
+
+[limits]                      # those options that `udedup engine --help` lists as limits
+pages-to-scan = 2000
 
 [domains.web]                 # a label, and who may use it; each user has a domain of its own
 users = ["www-data", 1001]
@@ -13,20 +19,21 @@ users = ["alice", "bob"]
 shared = true                 # one domain for all of them
 ```
 
+There is no list of options here: they are those of the command line, and all that a file says becomes words of one.
 Every mistake is one line that names the file, the key and what is allowed.
 """
 
 import argparse
+import difflib
 import os
 import pwd
 import stat
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from attrs import frozen
-
+from udedup.commands.arguments import Kind, Option, options
 from udedup.commands.options import named_label
 from udedup.errors import UdedupError
 
@@ -39,19 +46,10 @@ UID_MAX = 0xFFFFFFFE
 NOT_IN_FILES = {"config", "parent"}
 """Options of the command line alone."""
 
+LIMITS = "limits"
+"""A table, and the title of the group of the options that may stand in it instead of in [engine]."""
 
-@frozen
-class Settings:
-    """What a file says; nothing without one."""
-
-    words: tuple[str, ...] = ()
-    """Of [engine], as command line words."""
-
-    allowed: frozenset[tuple[int, str]] = frozenset()
-    """(uid, label) pairs of [domains]."""
-
-    shared: frozenset[str] = frozenset()
-    """Labels under which all users share one domain."""
+TABLES = ("engine", "images", LIMITS, "domains")
 
 
 def default_file() -> Path:
@@ -62,8 +60,18 @@ def default_file() -> Path:
     return (Path(home) if home else Path("~/.config").expanduser()) / "udedup" / "udedup.toml"
 
 
-def load(path: Path, prepare: Callable[[argparse.ArgumentParser], None]) -> Settings:
-    """Reads and checks a file; ``prepare`` adds the options that [engine] may set. Raises UdedupError."""
+def words_of(path: Path | None, prepare: Callable[[argparse.ArgumentParser], None]) -> tuple[str, ...]:
+    """As :func:`load`; None: the default file, if it is there."""
+    if path is None and not default_file().exists():
+        return ()
+    return load(path or default_file(), prepare)
+
+
+def load(path: Path, prepare: Callable[[argparse.ArgumentParser], None]) -> tuple[str, ...]:
+    """Reads and checks a file, and returns it as words of the command line whose options ``prepare`` adds.
+
+    Raises UdedupError.
+    """
     try:
         with path.open("rb") as file:
             _check_owner(path, os.fstat(file.fileno()))
@@ -72,12 +80,19 @@ def load(path: Path, prepare: Callable[[argparse.ArgumentParser], None]) -> Sett
         raise UdedupError(f"{path}: can't be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UdedupError(f"{path}: is not TOML: {error}") from None
-    _check_keys(path, content, {"engine", "domains"}, "")
-    domains = dict(_domains(path, _table(path, content, "domains")))
-    return Settings(
-        words=tuple(_engine_words(path, _table(path, content, "engine"), prepare)),
-        allowed=frozenset((uid, label) for label, (users, _) in domains.items() for uid in users),
-        shared=frozenset(label for label, (_, shared) in domains.items() if shared),
+    _check_keys(path, content, TABLES, "")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    prepare(parser)
+    known = {option.name: option for option in options(parser) if option.name not in NOT_IN_FILES}
+    limits = {name: option for name, option in known.items() if option.group == LIMITS}
+    engine, limited = _table(path, content, "engine"), _table(path, content, LIMITS)
+    for key in engine.keys() & limited.keys():
+        raise UdedupError(f"{path}: {LIMITS}.{key}: is in [engine] as well: give it once")
+    return (
+        *_option_words(path, "engine", engine, known, parser),
+        *_option_words(path, LIMITS, limited, limits, parser),
+        *_image_words(path, _table(path, content, "images"), parser),
+        *_domain_words(path, _table(path, content, "domains")),
     )
 
 
@@ -97,98 +112,110 @@ def _table(path: Path, content: Mapping[str, object], name: str) -> Mapping[str,
     return value
 
 
-def _check_keys(path: Path, table: Mapping[str, object], allowed: set[str], place: str) -> None:
+def _check_keys(path: Path, table: Mapping[str, object], allowed: Collection[str], place: str) -> None:
     for key in table:
         if key not in allowed:
-            raise UdedupError(f"{path}: {place}{key}: is not known here: choose from {', '.join(sorted(allowed))}")
+            near = difflib.get_close_matches(key, allowed, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(allowed))}"
+            raise UdedupError(f"{path}: {place}{_shown(key)}: is not known here: {advice}")
 
 
-# ---- [engine] ----
+def _shown(key: str) -> str:
+    return key if key.isprintable() else repr(key)
+
+
+# ---- options ----
 
 
 class _Parser(argparse.ArgumentParser):
-    """Knows the options it has, and raises what it would have printed."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-        """Options that may stand in a file, without the dashes."""
-        self.repeated: set[str] = set()
-        """Those of them that may be given several times."""
-        self.switches: set[str] = set()
-        """Those that are on or off."""
-        super().__init__(add_help=False, allow_abbrev=False)
-
-    def add_argument(self, *names: Any, **keywords: Any) -> argparse.Action:
-        action = super().add_argument(*names, **keywords)
-        name = names[0].removeprefix("--")
-        self.names.add(name)
-        if keywords.get("action") == "append":
-            self.repeated.add(name)
-        if isinstance(action, argparse.BooleanOptionalAction):
-            self.switches.add(name)
-        return action
+    """Raises what it would have printed."""
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentTypeError(message)
 
 
-def _engine_words(
-    path: Path, table: Mapping[str, object], prepare: Callable[[argparse.ArgumentParser], None]
+def _option_words(
+    path: Path, place: str, table: Mapping[str, object], known: Mapping[str, Option], parser: _Parser
 ) -> Iterator[str]:
-    parser = _Parser()
-    prepare(parser)
-    _check_keys(path, table, parser.names - NOT_IN_FILES, "engine.")
+    _check_keys(path, table, known, f"{place}.")
     for key, value in table.items():
-        if isinstance(value, list) and key not in parser.repeated:
-            raise UdedupError(f"{path}: engine.{key}: takes one value, not a list")
-        if isinstance(value, bool) is not (key in parser.switches):
-            wanted = "true or false" if key in parser.switches else "a value, not true or false"
-            raise UdedupError(f"{path}: engine.{key}: takes {wanted}")
-        words = list(_words(path, key, value))
-        try:
-            parser.parse_args(words)
-        except argparse.ArgumentTypeError as error:
-            reason = str(error).removeprefix(f"argument --{key}: ")
-            raise UdedupError(f"{path}: engine.{key}: {reason}") from None
-        yield from words
+        yield from _checked(
+            path, f"{place}.{key}", f"--{key}", _words(path, f"{place}.{key}", known[key], value), parser
+        )
 
 
-def _words(path: Path, key: str, value: object) -> Iterator[str]:
+def _words(path: Path, place: str, option: Option, value: object) -> list[str]:
     """An option as on the command line: true and false are --KEY and --no-KEY, a list repeats the option."""
+    if isinstance(value, list) and not option.repeated:
+        raise UdedupError(f"{path}: {place}: takes one value, not a list")
+    words = []
+    for item in value if isinstance(value, list) else [value]:
+        if not _is(item, option.kind):
+            several = ", or a list of them" if option.repeated else ""
+            raise UdedupError(f"{path}: {place}: is {_named(item)}: give {option.kind.value}{several}")
+        if isinstance(item, bool):
+            words.append(f"--{option.name}" if item else f"--no-{option.name}")
+        else:
+            words.append(f"--{option.name}={item}")
+    return words
+
+
+def _is(value: object, kind: Kind) -> bool:
     if isinstance(value, bool):
-        yield f"--{key}" if value else f"--no-{key}"
-    elif isinstance(value, list):
-        for item in value:
-            if not isinstance(item, str):
-                raise UdedupError(f"{path}: engine.{key}: {item!r} is no text: give a list of texts")
-            yield f"--{key}={item}"
-    elif isinstance(value, str | int | float):
-        yield f"--{key}={value}"
-    else:
-        raise UdedupError(f"{path}: engine.{key}: give a text, a number, true or false, or a list of texts")
+        return kind is Kind.SWITCH
+    return isinstance(value, str) if kind is Kind.TEXT else kind is Kind.NUMBER and isinstance(value, int | float)
+
+
+def _named(value: object) -> str:
+    """A value for people, on one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "a table" if isinstance(value, dict) else repr(value)
+
+
+def _checked(path: Path, place: str, flag: str, words: list[str], parser: _Parser) -> list[str]:
+    try:
+        parser.parse_args(words)
+    except argparse.ArgumentTypeError as error:
+        raise UdedupError(f"{path}: {place}: {str(error).removeprefix(f'argument {flag}: ')}") from None
+    return words
+
+
+# ---- [images] ----
+
+
+def _image_words(path: Path, table: Mapping[str, object], parser: _Parser) -> Iterator[str]:
+    for name, image in table.items():
+        place = f"images.{_shown(name)}"
+        if "/" in name or "=" in name:
+            raise UdedupError(f"{path}: {place}: is no name for an image: it can't have / or =")
+        if not isinstance(image, str):
+            raise UdedupError(f"{path}: {place}: is {_named(image)}: give the image's path, a text")
+        yield from _checked(path, place, "--image", [f"--image={name}={image}"], parser)
 
 
 # ---- [domains] ----
 
 
-def _domains(path: Path, table: Mapping[str, object]) -> Iterator[tuple[str, tuple[list[int], bool]]]:
-    """(label, (uids, whether they share one domain))."""
+def _domain_words(path: Path, table: Mapping[str, object]) -> Iterator[str]:
     for label, domain in table.items():
-        place = f"domains.{label!r}" if not label.isprintable() else f"domains.{label}"
+        place = f"domains.{_shown(label)}"
         try:
             named_label(label)
         except argparse.ArgumentTypeError as error:
             raise UdedupError(f"{path}: {place}: {error}") from None
         if not isinstance(domain, dict):
             raise UdedupError(f"{path}: {place}: is not a table: begin it with a line [{place}]")
-        _check_keys(path, domain, {"users", "shared"}, f"{place}.")
+        _check_keys(path, domain, ("users", "shared"), f"{place}.")
         users = domain.get("users")
         if not isinstance(users, list) or not users:
             raise UdedupError(f"{path}: {place}.users: names nobody: give a list of user names or uids")
         shared = domain.get("shared", False)
         if not isinstance(shared, bool):
             raise UdedupError(f"{path}: {place}.shared: is {shared!r}: give true (one domain for all users) or false")
-        yield label, ([_uid(path, f"{place}.users", user) for user in users], shared)
+        yield from (f"--allow-domain={_uid(path, f'{place}.users', user)}:{label}" for user in users)
+        if shared:
+            yield f"--shared-domain={label}"
 
 
 def _uid(path: Path, place: str, user: object) -> int:

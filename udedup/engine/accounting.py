@@ -65,6 +65,15 @@ class Counters:
     hints_merged: int = 0
     """Hinted pages merged in their own turn."""
 
+    hints_matched: int = 0
+    """Hinted pages that were found to be elsewhere, too."""
+
+    scan_changed: int = 0
+    """Pages of the linear scan that were new, or had changed since the last round."""
+
+    scan_matched: int = 0
+    """Pages of the linear scan that were found to be elsewhere, too."""
+
     merged_pages: int = 0
     """Pages agents remapped to the store."""
 
@@ -123,6 +132,13 @@ class Counters:
     """Blocks of images and the store."""
 
     lead_times: LeadTimes = attrs.field(factory=LeadTimes)
+
+    def count_matched(self, pages: int, *, hinted: bool) -> None:
+        """Pages that were looked at, on a hint or not, are elsewhere, too."""
+        if hinted:
+            self.hints_matched += pages
+        else:
+            self.scan_matched += pages
 
 
 class HintStatus(msgspec.Struct, frozen=True):

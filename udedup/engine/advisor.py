@@ -21,6 +21,10 @@ class Pace(Protocol):
     def pages_to_scan(self) -> int:
         """Pages of the next spurt."""
 
+    @property
+    def may_rest(self) -> bool:
+        """Whether a linear scan may take longer than this makes it."""
+
     def end_round(self, *, seconds: float, visited: int, cpu_seconds: float) -> None:
         """The linear scan has been through all memory: in ``seconds``, sleeps included, during which ``visited`` pages
         were looked at, hinted ones included, at a cost of ``cpu_seconds``."""
@@ -31,6 +35,11 @@ class FixedPace:
     """What the user said."""
 
     pages_to_scan: int
+
+    @property
+    def may_rest(self) -> bool:
+        """It is a limit."""
+        return True
 
     def end_round(self, *, seconds: float, visited: int, cpu_seconds: float) -> None:
         """Changes nothing."""
@@ -66,6 +75,11 @@ class ScanTimePace:
     def pages_to_scan(self) -> int:
         """Pages of the next spurt."""
         return max(1, int(self._pages))
+
+    @property
+    def may_rest(self) -> bool:
+        """The scan is to take as long as was said."""
+        return False
 
     def end_round(self, *, seconds: float, visited: int, cpu_seconds: float) -> None:
         """Moves towards what would have been right for this round, within the bounds."""

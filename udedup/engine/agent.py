@@ -72,9 +72,8 @@ UNMERGE_SECONDS = 300.0
 CANDIDATES_PER_PAGE = 2
 """Candidates an agent may have per resident page: stale ones wait for two rounds."""
 
-VISIT_LEAST_PART = 8
-"""A step that does not end a turn is charged at least one part in this many of what was asked for, and at least a page:
-the last few pages of a spurt could be asked for without end else."""
+PUBLISH_AT_ONCE = 64
+"""Pages that go into the store while nobody else has a turn: 512 would take 2 ms."""
 
 PUBLISH_SECONDS = 2.0
 """In that time an agent may have as many pages published as it may have candidates."""
@@ -375,6 +374,7 @@ class Agent:
             return Scanned(0, wrapped=True)
         head = self._check_reports(answer, pages)
         self._changed += head.changed
+        self._counters.scan_changed += head.changed
         if head.wrapped:
             self.volatile, self._changed = self._changed, 0
             self.domain.index.next_round(self.number)
@@ -382,7 +382,9 @@ class Agent:
         self._drain()
         visited = head.visited + answer.value // lib.UDD_SKIPS_PER_VISIT
         if not head.wrapped:
-            visited = max(visited, -(-pages // VISIT_LEAST_PART))
+            # An agent stops before that only where its answer has no room for more: whoever says that it has visited
+            # less is charged all the same, or a spurt would be made of many steps with it.
+            visited = max(visited, min(pages, REPORTS_MAX))
         self._turn += visited
         # Memory that does not end would keep the scan from all others.
         over = bool(head.wrapped) or self._turn > self._resident + REPORTS_MAX
@@ -452,6 +454,7 @@ class Agent:
         zeros = {} if self._huge.splits_always else hugepages.zeros_of(reports, count)
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_CANDIDATE)
+            self._counters.count_matched(matches.count, hinted=hinted is not None)
             matches, revisit = await self._worth_splitting(matches, zeros)
             if matches.count:
                 await self._publish_all(matches)
@@ -482,6 +485,7 @@ class Agent:
         async with self.domain.undisturbed():
             matches = self._look_up(reports, count, lib.UDD_ALONE_SHARE if share_alone else lib.UDD_ALONE_PARK)
             shareable = matches if share_alone else matches.without_alone(self.number)
+            self._counters.count_matched(shareable.count, hinted=hinted is not None)
             # First what the copy area still has from the look at the pages.
             for copied in (True, False):
                 await self._publish(shareable, copied=copied)
@@ -506,7 +510,7 @@ class Agent:
         none = ffi.new("struct udd_target[]", matches.count)
         for fresh in planner.fresh_batches(own, matches, 1, copied=copied):
             if self._may_publish(fresh.count) and (copied or await self._copy(fresh)):
-                self._store(own, self.number, fresh, none)
+                await self._store(own, self.number, fresh, none)
 
     # ---- huge pages ----
 
@@ -566,7 +570,7 @@ class Agent:
             if not self._may_publish(fresh.count):
                 self._counters.merge_deferred += 0 if copied else fresh.count
             elif copied or await self._copy(fresh):
-                other_count += self._store(self.domain.index, 0, fresh, others + other_count)
+                other_count += await self._store(self.domain.index, 0, fresh, others + other_count)
         for targets in planner.by_agent(others, other_count):
             self._others.offer_merge(targets)
 
@@ -596,7 +600,7 @@ class Agent:
             fresh.copied(_items(answer.packet, "struct udd_copied *", 0).valid)
         return answer.status == 0
 
-    def _store(self, index: Index, owner: int, fresh: Fresh, ret_targets: CData) -> int:
+    async def _store(self, index: Index, owner: int, fresh: Fresh, ret_targets: CData) -> int:
         """Publishes copied pages; returns how many older candidates were found for them (struct udd_target).
 
         ``owner``: of the segment that they go to (see Segment.owner).
@@ -605,7 +609,11 @@ class Agent:
         position = ffi.new("size_t *")
         counts = ffi.new("struct udd_publish_counts *")
         targets = 0
+        piece = 0
         while position[0] < fresh.count:
+            if position[0] >= piece:
+                await trio.lowlevel.checkpoint()
+                piece = min(fresh.count, position[0] + PUBLISH_AT_ONCE)
             try:
                 targets += check(
                     lib.udd_store_publish(
@@ -614,7 +622,7 @@ class Agent:
                         store.writable(owner).number,
                         self.area.copies,
                         fresh.array,
-                        fresh.count,
+                        piece,
                         position,
                         ret_targets + targets,
                         counts,

@@ -7,12 +7,16 @@ import attrs
 
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.headroom import part_left
+from udedup.engine.native import lib
 from udedup.engine.policies import POLICIES, Policy
 from udedup.engine.service import Service
 from udedup.engine.wire import HUGE_PAGES
 from udedup.errors import UdedupError
 from udedup.places import default_socket
 from udedup.vdi.formats import FORMATS
+
+HOLDOFF_MAX = 0xFFFFFFFF
+"""What the protocol can say, ms."""
 
 
 @attrs.frozen
@@ -138,6 +142,10 @@ class EngineConfig:
             raise UdedupError(f"hint slots is {self.hint_slots}: give 1 to {1 << 28}")
         if not 0 <= self.huge_page_threshold <= HUGE_PAGES:
             raise UdedupError(f"huge page threshold is {self.huge_page_threshold} pages: give 0 to {HUGE_PAGES}")
+        if not 1 <= self.agents_max < lib.UDD_AGENT_NUMBERS:
+            raise UdedupError(f"agents is at most {self.agents_max}: give 1 to {lib.UDD_AGENT_NUMBERS - 1}")
+        if not 0 <= self.holdoff_millisecs <= HOLDOFF_MAX:
+            raise UdedupError(f"holdoff is {self.holdoff_millisecs} ms: give 0 to {HOLDOFF_MAX}")
         unused = self.shared_domains - {label for _, label in self.allowed_domains}
         if unused:
             raise UdedupError(f"domain {min(unused)!r} is shared, but no user may use it")

@@ -164,7 +164,7 @@ class Domains:
     """All domains of one engine."""
 
     def __init__(self, rules: DomainRules, numbers: SegmentNumbers) -> None:
-        self._rules = rules
+        self.rules = rules
         self._numbers = numbers
         self._domains: dict[DomainKey, Domain] = {}
 
@@ -177,7 +177,7 @@ class Domains:
 
         A domain that nobody else can ever be in ends with its agent.
         """
-        key = self._rules.key(uid, label, agent)
+        key = self.rules.key(uid, label, agent)
         if key not in self._domains:
             self._domains[key] = Domain(key, self._numbers)
         try:

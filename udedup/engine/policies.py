@@ -1,7 +1,9 @@
 """How pages are chosen: the policies by name. Nothing heavy is imported here, the command line needs the names.
 
 - ``linear``: KSM's; memory is scanned in turns.
-- ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013).
+- ``xlh``: hint spurts and scan spurts take turns, with the given ratio (XLH, USENIX ATC 2013). While more hints come
+  than that lets it serve, and the pages they name match more often than those of the scan, they get most of the scan's
+  spurts, too (see lending.py).
 - ``eager``: the same, but hints are served at once, out of the allowance of up to half a minute ahead, which the scan
   gives back later; and a block of an image is put into the store, and its reader merged with it, at its first read, so
   that the next reader finds it there (as Satori, USENIX ATC 2009, does at the block device).
@@ -30,13 +32,19 @@ class Policy(NamedTuple):
     shares_first_read: bool = False
     """Whether an image block that is in one place only is shared with the store."""
 
+    lends: bool = True
+    """Whether hints may have the linear scan's spurts, too, while it finds less."""
+
+    rests: bool = True
+    """Whether the linear scan may make longer pauses once it finds nothing."""
+
     def spurts(self) -> Iterator[bool]:
         """For ever: whether the next spurt takes hints first."""
         return cycle([True] * self.hint_runs + [False] * self.scan_runs)
 
 
 POLICIES: Mapping[str, Callable[[int, int], Policy]] = {
-    "linear": lambda _hint_runs, _scan_runs: Policy(0, 1),
+    "linear": lambda _hint_runs, _scan_runs: Policy(0, 1, rests=False),
     "xlh": Policy,
     "eager": lambda hint_runs, scan_runs: Policy(hint_runs, scan_runs, EAGER_AHEAD_SECONDS, shares_first_read=True),
 }

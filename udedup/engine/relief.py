@@ -61,6 +61,11 @@ class EagerPace:
         self._boosted = True
         return max(pages, int(min(BOOST * pages, affordable(self._max_cpu, self._sleep, self._cost))))
 
+    @property
+    def may_rest(self) -> bool:
+        """Not while memory is short."""
+        return self._pace.may_rest and self._state.level == Level.NONE
+
     def end_round(self, *, seconds: float, visited: int, cpu_seconds: float) -> None:
         """Passes it on, unless the round was not made at that pace."""
         if visited and cpu_seconds > 0:

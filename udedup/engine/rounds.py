@@ -22,7 +22,10 @@ PATIENCE = 0.02
 """How long others wait for an agent's answer, s. It may answer later (see EngineConfig.answer_seconds), but alone."""
 
 DRAIN_PAGES = 1 << 15
-"""Hinted pages taken in at a time, from all agents together: the rest stays in the rings, which forget the oldest."""
+"""Hinted pages taken in at a time, from all agents together: the rest stays in the rings, which forget the oldest …"""
+
+DRAIN_PAGES_FAST = 1 << 11
+"""… and without a rate limit, where it is done some thousand times in a second and holds everything up meanwhile."""
 
 BUSY_SECONDS = 0.05
 """How long the linear scan waits when all agents are busy, s."""
@@ -41,14 +44,14 @@ class Rounds:
     """The agents, and whose turn it is."""
 
     def __init__(self, counters: Counters, hints: HintStack, *, width: int) -> None:
-        """``width``: agents scanned at a time."""
+        self.width = width
+        """Agents scanned at a time."""
         self.agents: dict[int, Agent] = {}
         """By number; kept by the server."""
         self._numbers: dict[int, set[int]] = {}
         """Of agents, by process."""
         self._counters = counters
         self._hints = hints
-        self._width = width
         self._due: list[Agent] = []
         """Agents whose memory this round has not been through yet, in turn."""
         self._scanning: set[int] = set()
@@ -121,6 +124,26 @@ class Rounds:
         return self._counters.merged_pages
 
     @property
+    def matched_hinted(self) -> int:
+        """Hinted pages so far that were found to be elsewhere, too."""
+        return self._counters.hints_matched
+
+    @property
+    def matched_scanned(self) -> int:
+        """Likewise, of the linear scan."""
+        return self._counters.scan_matched
+
+    @property
+    def changed(self) -> int:
+        """Pages of the linear scan so far that were new, or had changed."""
+        return self._counters.scan_changed
+
+    @property
+    def agents_joined(self) -> int:
+        """So far."""
+        return self._counters.agents_joined
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
         return time.process_time() + agents_cpu_seconds(self.agents.values(), self._counters)
@@ -153,7 +176,8 @@ class Rounds:
         """Takes in these agents' rings; whether something is left in them."""
         more = False
         agents = [agent for agent in agents if self._visiting[agent.number] < VISITS_MAX]
-        pages = DRAIN_PAGES // max(1, sum(agent.area.hints.waiting for agent in agents))
+        waiting = sum(agent.area.hints.waiting for agent in agents)
+        pages = (DRAIN_PAGES if self.width == 1 else DRAIN_PAGES_FAST) // max(1, waiting)
         for agent in agents:
             try:
                 drained = self._hints.drain(agent.number, agent.area.hints, pages=pages, arm=arm)
@@ -229,7 +253,7 @@ class Rounds:
         """
         visited = 0
         free = sum(agent.number not in self._scanning for agent in self._due)
-        width = min(self._width, free)
+        width = min(self.width, free)
         share = min(SCAN_MAX, -(-pages // width))
         if width == 1 and (agent := self._ready()) is not None:
             return await self._step(agent, share)

@@ -5,6 +5,9 @@ does. A policy says which spurts go to hints: with the ratio h:s, h spurts take 
 to the linear scan. What a hint spurt leaves over when hints run out goes to the linear scan, so the load is the same
 whatever the policy (XLH, USENIX ATC 2013).
 
+A linear scan that finds nothing any more, in memory that keeps still, makes longer pauses (calm.py), unless an advisor
+sets the rate.
+
 Without a rate limit spurts follow each other at once, until the linear scan has gone through all memory without merging
 anything: it then rests, longer each time, while hints are still served the moment they come in.
 """
@@ -16,6 +19,8 @@ import attrs
 import trio
 
 from udedup.engine.advisor import Pace
+from udedup.engine.calm import Calm
+from udedup.engine.lending import Lending
 from udedup.engine.policies import Policy
 
 REST_FIRST = 0.02
@@ -66,6 +71,22 @@ class Workload(Protocol):
         """Pages merged so far."""
 
     @property
+    def matched_hinted(self) -> int:
+        """Hinted pages so far that were found to be elsewhere, too."""
+
+    @property
+    def matched_scanned(self) -> int:
+        """Likewise, of the linear scan."""
+
+    @property
+    def changed(self) -> int:
+        """Pages of the linear scan so far that were new, or had changed."""
+
+    @property
+    def agents_joined(self) -> int:
+        """So far."""
+
+    @property
     def cpu_seconds(self) -> float:
         """CPU that the engine and all agents have used so far, s."""
 
@@ -102,6 +123,18 @@ class Scheduler:
         """No hints came of late."""
         self._debt = 0
         """Pages that hints have used ahead of time."""
+        self._lending = Lending()
+        self._calm = Calm()
+        self._between = trio.CancelScope()
+        """Around what is waited for between spurts."""
+
+    def change(self, pace: Pace, *, sleep_millisecs: int) -> None:
+        """Goes by another pace from now on."""
+        self._pace, self._sleep = pace, sleep_millisecs / 1000
+        # How long the linear scan rests was decided for the pace before.
+        self._rest, self._rests_until = 0.0, 0.0
+        self._begin_round(trio.current_time())
+        self._between.cancel()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -113,10 +146,12 @@ class Scheduler:
             await self._workload.wait_for_agents()
             started = trio.current_time()
             rounds = await self._work_on(list(islice(spurts, due)))
-            if self._sleep:
-                due = await self._sleep_on()
-            else:
-                await self._pause()
+            due = 1
+            with trio.CancelScope() as self._between:
+                if self._sleep:
+                    due = await self._sleep_on()
+                else:
+                    await self._pause()
             self._round_seconds += trio.current_time() - started
             if rounds:
                 self._advise()
@@ -133,14 +168,19 @@ class Scheduler:
 
     async def _spurts(self, with_hints: int, without: int) -> int:
         """So many, at once."""
+        hint_pages = with_hints * self._pace.pages_to_scan
+        scan_pages = without * self._pace.pages_to_scan
+        if self._policy.hint_runs and self._policy.lends:
+            lent = self._lending.lent(scan_pages)
+            hint_pages, scan_pages = hint_pages + lent, scan_pages - lent
         left = 0
-        if with_hints:
-            pages = with_hints * self._pace.pages_to_scan
-            hinted = await self._workload.visit_hints(pages + self._room_ahead())
+        if hint_pages:
+            hinted = await self._workload.visit_hints(hint_pages + self._room_ahead())
             self._quiet = self._quiet and hinted == 0
             self._round_visited += hinted
-            left = self._settle(pages - hinted)
-        left += self._settle(without * self._pace.pages_to_scan)
+            self._lending.hints.note(hinted, self._workload.matched_hinted)
+            left = self._settle(hint_pages - hinted)
+        left += self._settle(scan_pages)
         if left <= 0 or trio.current_time() < self._rests_until:
             return 0
         return await self._scan(left)
@@ -151,9 +191,18 @@ class Scheduler:
         while left > 0:
             step = await self._workload.scan(left)
             self._round_visited += step.visited
+            matched = self._workload.matched_scanned
+            self._lending.scan.note(step.visited, matched)
+            self._calm.look(
+                step.visited,
+                changed=self._workload.changed,
+                matched=matched,
+                joined=self._workload.agents_joined,
+            )
             left -= step.visited
             if step.rounds:
                 rounds += step.rounds
+                self._calm.end_round()
                 # As in KSM, the end of a round is the end of a spurt.
                 left -= left % self._pace.pages_to_scan or self._pace.pages_to_scan
             elif step.visited == 0:
@@ -168,8 +217,9 @@ class Scheduler:
         quiet = self._quiet or not takes_hints
         most = max(1, int((QUIET_SECONDS if quiet else TOGETHER_SECONDS) / self._sleep + ROUNDING))
         any_hint = quiet or self._policy.ahead_seconds > 0
+        pauses = self._calm.factor if quiet and self._policy.rests and self._pace.may_rest else 1
         started = trio.current_time()
-        with trio.move_on_after(most * self._sleep):
+        with trio.move_on_after(pauses * most * self._sleep):
             await self._workload.wait_for_change(hints=takes_hints, quiet_only=not any_hint)
         slept = trio.current_time() - started
         await trio.sleep(max(0.0, self._sleep - slept))

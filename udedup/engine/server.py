@@ -6,12 +6,13 @@ others go on.
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import resource
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, privileges, psi, report
+from udedup.engine import clients, kernel, maplimit, privileges, psi, reload, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -78,6 +79,9 @@ HELLO_SECONDS = 5.0
 ACCEPT_PAUSE = 0.1
 """Pause when there are no descriptors left for a new connection, s."""
 
+ACCEPTS_AT_ONCE = 8
+"""New connections that are taken one after the other, before somebody else has a turn of the loop."""
+
 JOIN_SECONDS = 0.001
 """What it takes to let an agent join, and leave again."""
 
@@ -101,17 +105,12 @@ class Engine:
         self.counters = Counters()
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
-        self.rounds = Rounds(self.counters, self.hints, width=1 if config.sleep_millisecs else WIDTH)
+        self.rounds = Rounds(self.counters, self.hints, width=_width(config))
         files = psi.files() if config.pressure_files is None else config.pressure_files
         self.pressure_files: tuple[Path, ...] = tuple(files)
         """Those that are watched."""
         self.pressure = PressureState()
-        self.pace: Pace = EagerPace(
-            _pace(config),
-            self.pressure,
-            sleep_seconds=config.sleep_millisecs / 1000,
-            max_cpu=CPU_MOST if config.advisor is None else config.advisor.max_cpu,
-        )
+        self.pace = _pace(config, self.pressure)
         """Sets pages_to_scan."""
         self.identity = (secrets.randbits(64) or 1, secrets.randbits(64) or 1)
         """Tells this engine from earlier ones."""
@@ -119,8 +118,7 @@ class Engine:
         self.images: Images | None = None
         self.cloning: Cloning | None = None
         self._numbers = SegmentNumbers()
-        self._rules = DomainRules(os.geteuid(), config.allowed_domains, config.shared_domains, unmapped_uid())
-        self._domains = Domains(self._rules, self._numbers)
+        self._domains = Domains(_rules(config), self._numbers)
         self._vma_limit = maplimit.vma_limit()
         self._last_number = 0
         self._met_other_version = False
@@ -136,12 +134,38 @@ class Engine:
         """Those that have or had agents."""
         return list(self._domains)
 
+    @property
+    def rules(self) -> DomainRules:
+        """Who may be in which domain."""
+        return self._domains.rules
+
+    # ---- new settings (udedup.engine.reload); self.config has them already ----
+
+    def change_rate(self) -> None:
+        """Goes by another rate."""
+        self.pace = _pace(self.config, self.pressure)
+        self.rounds.width = _width(self.config)
+
+    def change_domains(self) -> None:
+        """Goes by other rules; who is in a domain stays there."""
+        self._domains.rules = _rules(self.config)
+
+    def change_agents_max(self) -> None:
+        """Takes as many connections from now on; who is connected stays."""
+        self._guests.connections_max = self.config.agents_max
+
+    async def add_image(self, path: Path, name: str | None) -> None:
+        """Shows one more image, opened as the configuration says. Raises UdedupError."""
+        await self._show(path, name, self._opening(self.config.image_format, self.config.secret_file))
+
     # ---- connections ----
 
     async def accept(self, listener: socket.socket) -> None:
         """Takes connections until cancelled."""
         async with trio.open_nursery() as nursery:
-            while True:
+            for number in itertools.count(1):
+                if number % ACCEPTS_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
                 try:
                     sock, _ = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
@@ -153,14 +177,15 @@ class Engine:
                     await trio.sleep(ACCEPT_PAUSE)
                     continue
                 sock.setblocking(False)
-                nursery.start_soon(self._serve, sock)
+                peer = peer_of(sock)
+                if self._guests.comes(peer.uid):
+                    nursery.start_soon(self._serve, sock, peer)
+                else:
+                    sock.close()
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, peer: Peer) -> None:
         """One connection, from its first message to its end."""
-        peer = peer_of(sock)
         try:
-            if not self._guests.comes(peer.uid):
-                return
             packet = b""
             with trio.move_on_after(HELLO_SECONDS):
                 packet = await clients.receive_packet(sock, PACKET_MAX)
@@ -183,7 +208,8 @@ class Engine:
             log.log(level, "connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
         except AgentError as error:
-            log.warning("connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
+            level = self._guests.heard_of(peer.uid)
+            log.log(level, "connection of pid %d (uid %d) refused: %s", peer.pid, peer.uid, error)
             self._refuse(sock, str(error))
         except LinkClosedError:
             log.debug("pid %d was gone before it was welcomed", peer.pid)
@@ -221,7 +247,7 @@ class Engine:
         except AgentError as error:
             farewell = str(error)
             self.counters.agents_dropped += 1
-            log.warning("%s dropped: %s", agent, error)
+            log.log(self._guests.heard_of(peer.uid), "%s dropped: %s", agent, error)
         finally:
             if farewell is not None:
                 link.say(refusal(lib.UDD_BYE, farewell))
@@ -352,8 +378,8 @@ class Engine:
                     agent.paused = ""
                 return len(chosen)
             case CheckDomainRequest(label=label):
-                if not self._rules.permits(peer.uid, label):
-                    raise UdedupError(self._rules.explain(peer.uid, label))
+                if not self.rules.permits(peer.uid, label):
+                    raise UdedupError(self.rules.explain(peer.uid, label))
                 return True
 
     async def status(self, peer: Peer, *, with_kernel: bool) -> Status:
@@ -414,16 +440,17 @@ class Engine:
         return pages
 
     async def _mount(self, request: MountRequest) -> list[str]:
-        images, mount = self._require_mount()
         secret = None if request.secret is None else clients.absolute(request.secret)
         opening = self._opening(request.format, secret)
-        added = []
-        for name, path in request.images:
-            # In a thread: a slow disk must not hold up the engine, and a path in our own mount would wait for us.
-            image = await trio.to_thread.run_sync(images.add, clients.absolute(path), name, opening)
-            self._watch(image)
-            added.append(str(mount / image.name))
-        return added
+        return [str(await self._show(clients.absolute(path), name, opening)) for name, path in request.images]
+
+    async def _show(self, path: Path, name: str | None, opening: "Opening") -> Path:
+        """Shows an image, and says where."""
+        images, mount = self._require_mount()
+        # In a thread: a slow disk must not hold up the engine, and a path in our own mount would wait for us.
+        image = await trio.to_thread.run_sync(images.add, path, name, opening)
+        self._watch(image)
+        return mount / image.name
 
     async def _umount(self, request: UmountRequest) -> bool:
         from udedup.vdi.clone import Clone
@@ -533,9 +560,15 @@ class Engine:
             self.images.close()
 
 
-async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None]) -> None:
+async def run_engine(
+    config: EngineConfig,
+    *,
+    on_ready: Callable[[Ready], None],
+    reloads: AsyncIterable[EngineConfig] | None = None,
+) -> None:
     """Runs an engine until cancelled; ``on_ready`` is called once the socket and the mount serve.
 
+    ``reloads`` brings other settings while it runs (see ``udedup.engine.reload``).
     At the end the mount and the socket file are gone, and agents are left merged and on their own. Raises UdedupError
     (perhaps in an exception group) for what a person can put right.
     """
@@ -576,6 +609,8 @@ async def run_engine(config: EngineConfig, *, on_ready: Callable[[Ready], None])
             nursery.start_soon(engine.accept, listener)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)
+            if reloads is not None:
+                nursery.start_soon(reload.follow, reloads, engine, scheduler)
             with config.service.serving():
                 await trio.sleep_forever()
 
@@ -586,10 +621,20 @@ def _listener(config: EngineConfig) -> AbstractContextManager[socket.socket]:
     return listening(config.socket, config.socket_mode, config.socket_group)
 
 
-def _pace(config: EngineConfig) -> Pace:
+def _pace(config: EngineConfig, pressure: PressureState) -> Pace:
+    sleep = config.sleep_millisecs / 1000
     if config.advisor is None:
-        return FixedPace(config.pages_to_scan)
-    return ScanTimePace(config.advisor, pages_to_scan=config.pages_to_scan, sleep_seconds=config.sleep_millisecs / 1000)
+        return EagerPace(FixedPace(config.pages_to_scan), pressure, sleep_seconds=sleep, max_cpu=CPU_MOST)
+    pace = ScanTimePace(config.advisor, pages_to_scan=config.pages_to_scan, sleep_seconds=sleep)
+    return EagerPace(pace, pressure, sleep_seconds=sleep, max_cpu=config.advisor.max_cpu)
+
+
+def _width(config: EngineConfig) -> int:
+    return 1 if config.sleep_millisecs else WIDTH
+
+
+def _rules(config: EngineConfig) -> DomainRules:
+    return DomainRules(os.geteuid(), config.allowed_domains, config.shared_domains, unmapped_uid())
 
 
 def _allow_descriptors() -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,15 @@ class Service:
             yield
         finally:
             self.say("STOPPING=1")
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Tells the manager that settings are read again, and that this is done."""
+        self.say(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        try:
+            yield
+        finally:
+            self.say("READY=1")
 
     async def show_life(self) -> None:
         """Until cancelled: proves to the manager that the engine's loop goes round."""

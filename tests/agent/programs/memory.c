@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the application does to merged memory has the effect it would have on its own.
 #include <alloca.h>
+#include <pthread.h>
 #include <ucontext.h>
 
 #include "merged.h"
@@ -294,6 +295,43 @@ static void moved_and_kept_mapped(void)
 	check(intact(now, PAGES, 1, layout, 0));
 }
 
+static char *volatile wanted; // by the other thread; NULL: it ends
+
+static void *map_where_it_is_free(void *unused)
+{
+	char *at;
+
+	(void)unused;
+	for (size_t page = 0; (at = wanted); page = (page + 1) % PAGES) {
+		char *got = mmap(at + page * PAGE, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		check(got != MAP_FAILED);
+		check(got < at || got >= at + PAGES * PAGE);
+		check(munmap(got, PAGE) == 0);
+	}
+	return NULL;
+}
+
+// Nobody else may map something there at any moment, the less as it would be unmapped again with the old mapping.
+static void kept_mapped_all_the_while(void)
+{
+	char *at = merged(PAGES, 1, layout, NULL);
+	pthread_t other;
+
+	wanted = at;
+	check(pthread_create(&other, NULL, map_where_it_is_free, NULL) == 0);
+	for (unsigned round = 0; round < 400; round++) {
+		char *now = mremap(at, PAGES * PAGE, PAGES * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
+
+		check(now != MAP_FAILED);
+		check(is_zero(at, PAGES));
+		check(mremap(now, PAGES * PAGE, PAGES * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
+		check(intact(at, PAGES, 1, layout, 0));
+	}
+	wanted = NULL;
+	check(pthread_join(other, NULL) == 0);
+}
+
 static void heap_shrinks(void)
 {
 	char *twin = plain(PAGES);
@@ -468,6 +506,7 @@ static const struct test_case cases[] = {
 	{"shrunk", shrunk},
 	{"moved-onto-merged", moved_onto_merged},
 	{"moved-and-kept-mapped", moved_and_kept_mapped},
+	{"kept-mapped-all-the-while", kept_mapped_all_the_while},
 	{"heap-shrinks", heap_shrinks},
 	{"locked", locked},
 	{"attributes", attributes},

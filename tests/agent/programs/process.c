@@ -571,6 +571,183 @@ static void handler_at_every_instruction(void)
 	check(WEXITSTATUS(wait_child(pid)) == 42);
 }
 
+// ---- what hooks do about signals ----
+
+static void nothing_to_interrupt(void)
+{
+	struct sigaction fault = {.sa_handler = move_inner};
+
+	// Not let wait: they come of what the thread itself does.
+	check(sigaction(SIGSEGV, &fault, NULL) == 0 && sigaction(SIGTRAP, &fault, NULL) == 0);
+	check(signal(SIGPIPE, SIG_IGN) == SIG_DFL && signal(SIGPIPE, SIG_DFL) == SIG_IGN);
+}
+
+static void by_sigaction(void)
+{
+	struct sigaction action = {.sa_handler = map_something}, now;
+
+	check(sigaction(SIGUSR1, &action, NULL) == 0);
+	check(sigaction(SIGUSR1, NULL, &now) == 0 && now.sa_handler == map_something);
+}
+
+static void by_sigaction_once(void)
+{
+	by_sigaction();
+	check(signal(SIGUSR1, SIG_DFL) == map_something);
+}
+
+static void by_signal(void)
+{
+	check(signal(SIGRTMIN, map_something) == SIG_DFL);
+}
+
+static void by_sysv_signal(void)
+{
+	check(sysv_signal(SIGUSR1, map_something) == SIG_DFL);
+}
+
+static void by_sigset(void)
+{
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+	check(sigset(SIGUSR1, map_something) == SIG_DFL);
+#pragma GCC diagnostic pop
+}
+
+// Not through libc: known when memory is looked at the next time.
+static void by_system_call(void)
+{
+	struct sigaction seen;
+	struct {
+		void (*handler)(int);
+		unsigned long flags;
+		void (*restorer)(void);
+		unsigned long mask;
+	} action = {.handler = map_something};
+
+	check(syscall(SYS_rt_sigaction, SIGUSR1, &action, NULL, sizeof(action.mask)) == 0);
+	check(sigaction(SIGUSR1, NULL, &seen) == 0 && seen.sa_handler == map_something);
+	merged(PAGES, 7, WHOLE, NULL);
+}
+
+static void wrong_handlers(void)
+{
+	struct sigaction action = {.sa_handler = map_something};
+
+	check(sigaction(SIGKILL, &action, NULL) == -1 && errno == EINVAL);
+	check(sigaction(0, &action, NULL) == -1 && errno == EINVAL);
+	check(sigaction(65, &action, NULL) == -1 && errno == EINVAL);
+	check(sigaction(32, &action, NULL) == -1 && errno == EINVAL); // libc's own
+	check(sigaction(SIGUSR1, &action, NULL) == 0);
+}
+
+static bool blocks_in_munmap(void (*prepare)(void))
+{
+	uint64_t mask, start = 0;
+	bool ret = false;
+	pid_t pid = fork();
+	int status;
+
+	if (pid == 0) {
+		char *at = plain(1);
+
+		if (wrapped())
+			await(stats().merging);
+		prepare();
+		check(ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0);
+		kill(getpid(), SIGSTOP); // raise() would block signals itself
+		munmap(at, PAGE);
+		kill(getpid(), SIGSTOP);
+		_exit(42);
+	}
+	check(WSTOPSIG(wait_child(pid)) == SIGSTOP);
+	check(ptrace(PTRACE_GETSIGMASK, pid, sizeof(mask), &start) == 0);
+	do {
+		check(ptrace(PTRACE_SINGLESTEP, pid, NULL, 0) == 0);
+		status = wait_child(pid);
+		check(WIFSTOPPED(status));
+		check(ptrace(PTRACE_GETSIGMASK, pid, sizeof(mask), &mask) == 0);
+		ret |= mask != start;
+	} while (WSTOPSIG(status) != SIGSTOP);
+	check(mask == start);
+	check(ptrace(PTRACE_DETACH, pid, NULL, NULL) == 0);
+	check(WEXITSTATUS(wait_child(pid)) == 42);
+	return ret;
+}
+
+// Two system calls for every munmap() is what a program without handlers need not pay.
+static void signals_wait_where_they_have_handlers(void)
+{
+	static void (*const ways[])(void) = {by_sigaction,   by_sigaction_once, by_signal,     by_sysv_signal,
+					     by_sigset,      by_system_call,    wrong_handlers};
+
+	merged(PAGES, 1, WHOLE, NULL);
+	check(!blocks_in_munmap(nothing_to_interrupt));
+	for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]); i++)
+		check(blocks_in_munmap(ways[i]) == wrapped());
+	check(!blocks_in_munmap(nothing_to_interrupt));
+	// Children inherit handlers.
+	by_signal();
+	check(blocks_in_munmap(nothing_to_interrupt) == wrapped());
+}
+
+static volatile unsigned arrived;
+static volatile bool churning;
+
+static void move_a_merged_page(int number)
+{
+	(void)number;
+	inner = mremap(inner, PAGE, PAGE, MREMAP_MAYMOVE);
+	__atomic_add_fetch(&arrived, 1, __ATOMIC_SEQ_CST);
+}
+
+static void *churn(void *unused)
+{
+	(void)unused;
+	while (churning) {
+		char *at = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		check(at != MAP_FAILED && madvise(at, PAGE, MADV_DONTNEED) == 0 && munmap(at, PAGE) == 0);
+	}
+	return NULL;
+}
+
+// The first handler comes while another thread is in and out of hooks, which did not have to block signals until then.
+static void first_handler_among_hooks(void)
+{
+	enum { ROUNDS = 40, SIGNALS = 20 };
+
+	// Some of it is merged in every child: so its handler needs the lock exclusively.
+	inner = merged(1, 1, WHOLE, NULL);
+	for (unsigned round = 0; round < ROUNDS; round++) {
+		pid_t pid = fork();
+
+		if (pid == 0) {
+			struct sigaction action = {.sa_handler = move_a_merged_page, .sa_flags = SA_RESTART};
+			sigset_t here;
+			pthread_t thread;
+
+			churning = true;
+			check(pthread_create(&thread, NULL, churn, NULL) == 0);
+			sigemptyset(&here);
+			sigaddset(&here, SIGUSR1);
+			check(pthread_sigmask(SIG_BLOCK, &here, NULL) == 0);
+			usleep(round * 100);
+			check(sigaction(SIGUSR1, &action, NULL) == 0);
+			for (unsigned i = 1; i <= SIGNALS; i++) {
+				check(pthread_kill(thread, SIGUSR1) == 0);
+				while (arrived < i)
+					;
+			}
+			churning = false;
+			check(pthread_join(thread, NULL) == 0);
+			check(intact(inner, 1, 1, WHOLE, 0));
+			_exit(42);
+		}
+		check(WEXITSTATUS(wait_child(pid)) == 42);
+	}
+}
+
 // A signal of the application never arrives at an agent's thread, and interrupts what it would interrupt.
 static void signals_interrupt(void)
 {
@@ -751,6 +928,8 @@ static const struct test_case cases[] = {
 	{"single-threaded-to-libc", single_threaded_to_libc},
 	{"handler-maps-while-main-unmaps", handler_maps_while_main_unmaps},
 	{"handler-at-every-instruction", handler_at_every_instruction},
+	{"signals-wait-where-they-have-handlers", signals_wait_where_they_have_handlers},
+	{"first-handler-among-hooks", first_handler_among_hooks},
 	{"signals-interrupt", signals_interrupt},
 	{"pipe-ends-at-once", pipe_ends_at_once},
 	{"print-descriptors", print_descriptors},

@@ -6,11 +6,31 @@
 static char *at;
 static size_t pages;
 static bool *written;
+static size_t *holds; // whose contents a page has
+
+static void *moved(void *from, void *to)
+{
+	return mremap(from, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+}
+
+// By way of the page before them all.
+static void swap(size_t a, size_t b)
+{
+	char *spare = at - PAGE, *first = at + a * PAGE, *second = at + b * PAGE;
+	size_t contents = holds[a];
+	bool own = written[a];
+
+	check(moved(first, spare) == spare && moved(second, first) == first && moved(spare, second) == second);
+	holds[a] = holds[b];
+	holds[b] = contents;
+	written[a] = written[b];
+	written[b] = own;
+}
 
 static bool all_right(void)
 {
 	for (size_t i = 0; i < pages; i++) {
-		if (!page_is(at + i * PAGE, written[i] ? 2 : 1, i))
+		if (!page_is(at + i * PAGE, written[i] ? 2 : 1, holds[i]))
 			return false;
 	}
 	return true;
@@ -24,7 +44,10 @@ int main(void)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	pages = getenv("PAGES") ? strtoul(getenv("PAGES"), NULL, 0) : 64;
 	written = calloc(pages, sizeof(*written));
-	check(written);
+	holds = calloc(pages, sizeof(*holds));
+	check(written && holds);
+	for (size_t i = 0; i < pages; i++)
+		holds[i] = i;
 	at = plain(pages);
 	fill(at, pages, 1, WHOLE, 0);
 	printf("%lu\n", (unsigned long)at);
@@ -42,11 +65,18 @@ int main(void)
 		} else if (strcmp(command, "write") == 0) {
 			double started = seconds();
 
-			fill_page(at + number * PAGE, 2, number);
+			fill_page(at + number * PAGE, 2, holds[number]);
 			written[number] = true;
 			printf("%.6f\n", seconds() - started);
 		} else if (strcmp(command, "flip") == 0) {
 			at[number * PAGE + byte] ^= 1;
+			printf("ok\n");
+		} else if (strcmp(command, "map") == 0) {
+			// Some memory comes and goes.
+			check(munmap(plain(1), PAGE) == 0);
+			printf("ok\n");
+		} else if (strcmp(command, "swap") == 0) {
+			swap(number, byte);
 			printf("ok\n");
 		} else if (strcmp(command, "fork") == 0) {
 			pid_t child = fork();

@@ -140,6 +140,35 @@ static void bss_neighbours(void)
 	check(layout.present == (64 * 3 + 40 + 8) << 10);
 }
 
+// Merged memory may become plain again at any time, and is known by then.
+static void merged_memory(void)
+{
+	static const char STORE[] = "rw-p 00003000 00:01 2051                       /memfd:udedup-store (deleted)";
+	static const char *const rests[] = {
+		"r--p 00003000 00:01 2051                       /memfd:udedup-store (deleted)",
+		"rw-s 00003000 00:01 2051                       /memfd:udedup-store (deleted)",
+		"rw-p 00003000 00:01 2051                       /memfd:udedup-stores (deleted)",
+		"rw-p 00003000 fe:01 2051                       /srv/udedup-store",
+	};
+	static const char ARMED[] = "rd wr mr mw me uw ui ac sd";
+	uint64_t at = 0x100000;
+
+	begin();
+	add(0x10000, 0x20000, STORE, 0, ARMED);
+	add(0x20000, 0x30000, STORE, 4, ARMED); // a page was written to
+	add(0x30000, 0x40000, STORE, 0, "rd wr mr mw me dc ac dd uw ui sd hg");
+	add(0x40000, 0x50000, STORE, 0, "rd wr mr mw me uw ui lo ac sd");
+	add(0x50000, 0x60000, ANON, 0, PLAIN);
+	for (size_t i = 0; i < sizeof(rests) / sizeof(rests[0]); i++, at += 0x20000)
+		add(at, at + 0x10000, rests[i], 0, ARMED);
+	done();
+	check(layout.count == 3);
+	check(is_candidate(0x10000, 0x20000, 0) && udd_layout_find(&layout, 0x10000)->merged);
+	check(is_candidate(0x30000, 0x40000, UDD_ATTRIBUTE_DONTFORK | UDD_ATTRIBUTE_DONTDUMP | UDD_ATTRIBUTE_HUGEPAGE));
+	check(udd_layout_find(&layout, 0x30000)->merged);
+	check(is_candidate(0x50000, 0x60000, 0) && !udd_layout_find(&layout, 0x50000)->merged);
+}
+
 static void note_mapping(uint32_t at, uint64_t start, uint64_t end, uint64_t inode, bool shared)
 {
 	udd_agent.files[at] = (struct udd_file){
@@ -343,6 +372,7 @@ int main(void)
 	attributes();
 	exclusions();
 	bss_neighbours();
+	merged_memory();
 	files();
 	long_lines(4096);
 	long_lines(60000);

@@ -13,7 +13,8 @@ enum { READERS = 4, WRITERS = 2, TIMED = 2, URGENT = 1 };
 
 static const uint64_t SECOND = 1000000000;
 static const uint64_t WAITING = 1UL << 62; // as in lock.c
-static const uint64_t PHASE = (1UL << 20) - 1UL;
+static const uint64_t PHASE = (1UL << 19) - 1UL;
+static const uint64_t CALM = 1UL << 19;
 static const uint64_t READER = 1UL << 20;
 static const uint64_t QUEUED = 1UL << 41;
 static const uint64_t ROUNDS = 1000; // of each writer
@@ -142,6 +143,33 @@ static void await_sleeper(void)
 		check(udd_now() < deadline);
 		sched_yield();
 	}
+}
+
+// Calm as long as a writer says so, whoever comes, waits and goes.
+static void calm(void)
+{
+	pthread_t read;
+
+	check(!udd_trylock_shared_calm(&lock) && is_free());
+	check(!udd_lock_exclusive(&lock, 0));
+	udd_lock_set_calm(&lock, true);
+	check(!udd_trylock_shared_calm(&lock) && !udd_trylock_shared_urgent(&lock));
+	order = 0;
+	check(!pthread_create(&read, NULL, late_reader, NULL));
+	await_state(QUEUED);
+	udd_unlock_exclusive(&lock);
+	check(!pthread_join(read, NULL) && reader_turn == 1);
+	check(udd_trylock_shared_calm(&lock) && udd_trylock_shared_calm(&lock));
+	check(!udd_lock_exclusive_timed(&lock, 1000));
+	check(udd_trylock_shared(&lock));
+	for (int held = 0; held < 3; held++)
+		udd_unlock_shared(&lock);
+	check((lock.state & ~PHASE) == CALM);
+	check(!udd_lock_exclusive(&lock, 0));
+	udd_lock_set_calm(&lock, false);
+	udd_unlock_exclusive(&lock);
+	check(!udd_trylock_shared_calm(&lock) && is_free());
+	order = reader_turn = 0;
 }
 
 static void waiting_writer_goes_first(void)
@@ -315,6 +343,7 @@ int main(void)
 	owner_is_kept();
 	giving_up();
 	order = writer_turn = reader_turn = 0;
+	calm();
 	waiting_writer_goes_first();
 	readers_are_not_starved();
 	the_worker_is_last();

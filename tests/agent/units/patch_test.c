@@ -31,6 +31,8 @@ CASE(11, "push %r15");
 CASE(12, "mov $9, %eax");
 CASE(13, "mov $0x12345678, %edi");
 CASE(14, "xor %eax, %eax");
+CASE(16, "lea -1(%rdi), %eax");
+CASE(17, "cmp $0x3f, %eax");
 CASE(15, "xor %r10d, %eax"); // with a prefix
 
 // Relative to where they are, or longer than they look.
@@ -62,6 +64,9 @@ CASE(54, "mov %fs:(%rax), %rax");
 CASE(55, "sub $0x18, %rax");
 CASE(56, "mov $9, %ax"); // the operand-size prefix makes it shorter
 CASE(57, "mov $9, %r8d");
+CASE(58, "lea 100(%rip), %eax");
+CASE(59, "lea -1(%rdi, %rsi), %eax");
+CASE(60, "cmp $0x3ff, %eax");
 
 static void instruction_lengths(void)
 {
@@ -79,6 +84,8 @@ static void instruction_lengths(void)
 	LENGTH(12);
 	LENGTH(13);
 	LENGTH(14);
+	LENGTH(16);
+	LENGTH(17);
 	REFUSED(15);
 	REFUSED(30);
 	REFUSED(31);
@@ -108,6 +115,9 @@ static void instruction_lengths(void)
 	REFUSED(55);
 	REFUSED(56);
 	REFUSED(57);
+	REFUSED(58);
+	REFUSED(59);
+	REFUSED(60);
 }
 
 // Functions to patch: each gives back what tells it from the others.
