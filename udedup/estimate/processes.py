@@ -1,0 +1,119 @@
+"""Which processes there are, and what they have mapped, by /proc."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from udedup.errors import UdedupError
+
+PROC: Final = Path("/proc")
+GROUPS: Final = Path("/sys/fs/cgroup")
+ANONYMOUS: Final = "anonymous"
+"""Name of mappings that have none."""
+
+# Pages that belong to the kernel.
+_KERNELS: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"})
+_FIELDS: Final = 5
+"""Words of a line of maps before the name."""
+
+
+class GoneError(Exception):
+    """The process has ended."""
+
+
+class ForbiddenError(Exception):
+    """Its memory is none of ours."""
+
+
+@attrs.frozen
+class Mapping:
+    """A range of addresses."""
+
+    name: str
+    """Path of the file, "[heap]" and the like, or :data:`ANONYMOUS`."""
+
+    start: int
+    """Address."""
+
+    end: int
+    """Address behind it."""
+
+
+def everybody() -> list[int]:
+    """All processes but this one, by their ids."""
+    return sorted(
+        int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit() and int(entry.name) != os.getpid()
+    )
+
+
+def of_cgroup(path: Path) -> list[int]:
+    """All processes of a control group and those below it. Raises UdedupError.
+
+    ``path`` may leave out /sys/fs/cgroup.
+    """
+    folder = path if path.is_relative_to(GROUPS) else GROUPS / str(path).lstrip("/")
+    if not (folder / "cgroup.procs").exists():
+        raise UdedupError(f"no control group {folder}: give its folder below {GROUPS}")
+    try:
+        texts = [file.read_text() for file in (folder / "cgroup.procs", *folder.glob("**/cgroup.procs"))]
+    except OSError as error:
+        raise UdedupError(f"control group {folder}: its processes can't be listed: {error.strerror}") from error
+    return sorted({int(pid) for text in texts for pid in text.split()} - {os.getpid()})
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """What a process has mapped, by address; nothing if it is a thread of the kernel.
+
+    Raises GoneError or ForbiddenError.
+    """
+    with _explained():
+        lines = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="backslashreplace").split("\n")
+    return [mapping for mapping in _parse(lines) if mapping.name not in _KERNELS]
+
+
+def present_pages(pid: int) -> int:
+    """About how many pages of it are in memory; 0 if it is gone."""
+    try:
+        return int((PROC / str(pid) / "statm").read_text().split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def command(pid: int) -> str:
+    """Its command line, for people; "?" if it is gone."""
+    try:
+        words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="backslashreplace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return "?"
+    return " ".join(words).strip()
+
+
+def open_pagemap(pid: int) -> int:
+    """A descriptor of its pagemap. Raises GoneError, or ForbiddenError also if its memory can't be read."""
+    with _explained():
+        # Who may see the map may not always see the content: Yama's ptrace_scope.
+        os.close(os.open(PROC / str(pid) / "mem", os.O_RDONLY | os.O_CLOEXEC))
+        return os.open(PROC / str(pid) / "pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what /proc says into GoneError and ForbiddenError."""
+    try:
+        yield
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise GoneError from error
+    except PermissionError as error:
+        raise ForbiddenError from error
+
+
+def _parse(lines: Iterable[str]) -> Iterator[Mapping]:
+    for line in lines:
+        words = line.split(maxsplit=_FIELDS)
+        if len(words) >= _FIELDS:
+            start, end = (int(address, 16) for address in words[0].split("-"))
+            yield Mapping(words[_FIELDS].removesuffix(" (deleted)") if len(words) > _FIELDS else ANONYMOUS, start, end)
