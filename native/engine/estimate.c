@@ -3,19 +3,19 @@
 //
 // What counts is the page frame: one that several mappings show is shared already, and is looked at once. Frames are remembered
 // in a bitmap, a bit each. Of each frame that is not all zero a record of 12 bytes goes to a log, its digest and where it was found;
-// sorted in place at the end, the log has equal contents next to each other, and all figures come of one walk over it. That is 0.3%
-// of what was read, and the log's growth copies nothing.
+// sorted in place at the end, the logs have equal contents next to each other, and all figures come of one walk over them. That is
+// 0.3% of what was read, and the logs' growth copies nothing.
 //
 // Without CAP_SYS_ADMIN the kernel shows no frames. A page that is mapped more than once is then taken as shared already.
 //
-// Sampling. To take a part of the pages at random does not do: of a pair of equal pages it rarely gets both. But with m frames of
-// a content, each of them stands for 1 - 1/m frames that would be saved; so it is enough to know m for the frames of a random
-// sample, and their mean is within Hoeffding's bound, whatever the distribution (Harnik et al., MSST 2012). Two passes: the first
-// takes the fingerprint of a small part of each sampled frame, the second looks at the same part of all frames and reads
-// those whole whose fingerprint is known. All-zero pages are always among these.
+// Of a sample, each frame is in it or not by its number: independently of all others, and of what it holds. What the numbers of
+// equal frames in it say of all frames is not decided here.
+//
+// Several threads look at a time, each with its own log. What they share are the bitmap and the counts of places.
 //
 // Digests are half of the page's: a chance equality among 2^64 does not matter here.
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,21 +26,31 @@
 #include "look.h"
 
 enum {
-	PART_OFFSET = 1024, // of a page, in bytes: the beginnings of pages are more alike
-	PART_BYTES = 64,
-	FILTER_BITS = 64, // for each fingerprint: then 1 in 64 others passes
 	LOG_LEAST = 65536,
 	SORT_SMALL = 32,
+	KEY_BYTES = 12,
+	KEY_PLACE = 8, // byte of the key that the place begins at
+
+	READERS_MAX = 256,
+
+	PLACES_CHUNK = 1024,
+	PLACES_CHUNKS = 1 << 18,
 
 	// A bitmap of frames, in pieces of 4 GiB of memory, for the 2^52 bytes that x86-64 can have.
 	PIECE_FRAMES = 1 << 20,
 	PIECES = 1 << 20,
 
 	// Beside the place in a record.
-	RECORD_FILE = 1U << 31,
-	RECORD_SAMPLED = 1U << 30,
-	RECORD_PLACE = RECORD_SAMPLED - 1,
+	RECORD_PLACE = (1 << 28) - 1,
 };
+
+#define RECORD_FILE (1U << 31)	// the frame is of a file
+#define RECORD_KNOWN (1U << 30) // some block of an image has this content: of the first with it in its log
+
+_Static_assert(PLACES_CHUNK * PLACES_CHUNKS == RECORD_PLACE + 1, "records must be able to name all places");
+
+// Bit of an entry of /proc/kpageflags (Documentation/admin-guide/mm/pagemap.rst).
+#define FLAG_KSM (1ULL << 21)
 
 struct record {
 	uint64_t digest;
@@ -53,19 +63,23 @@ struct log {
 	size_t room;
 };
 
+struct udd_reader {
+	struct udd_estimate *estimate;
+	struct log log;	 // frames that are not all zero
+	uint8_t *buffer; // UDD_LOOK_BATCH pages
+};
+
 struct udd_estimate {
-	struct udd_place *places;
-	size_t place_count;
-	struct log frames;    // those that are not all zero
-	struct log known;     // blocks of images
-	uint64_t **seen;      // PIECES of the bitmap of frames
-	uint64_t *filter;     // of fingerprints; NULL: everything is read
-	uint64_t filter_mask; // bits - 1
-	uint64_t part;	      // hashes of frames below it are sampled
+	struct udd_place **chunks; // PLACES_CHUNK places each
+	uint64_t place_count;
+	struct udd_reader *readers[READERS_MAX];
+	size_t reader_count;
+	uint64_t **seen; // PIECES of the bitmap of frames
+	uint64_t seed;
+	uint64_t part; // frames whose hashes are not above it are in the sample
 	uint64_t zero_digest;
-	uint8_t *buffer;      // UDD_LOOK_BATCH pages
-	bool gathers;	      // fingerprints: the first of two passes
-	bool has_frames;      // the kernel shows them
+	int flags;	 // descriptor of /proc/kpageflags, -1 without
+	bool has_frames; // the kernel shows them
 };
 
 static uint64_t digest(const void *page)
@@ -101,7 +115,9 @@ static bool record_before(const struct record *a, const struct record *b)
 // Byte of the key, digest and place, highest first.
 static unsigned record_byte(const struct record *record, unsigned byte)
 {
-	return (byte < 8 ? record->digest >> (56 - 8 * byte) : (record->place & RECORD_PLACE) >> (24 - 8 * (byte - 8))) & 255;
+	if (byte < KEY_PLACE)
+		return record->digest >> (56 - 8 * byte) & 255;
+	return (record->place & RECORD_PLACE) >> (24 - 8 * (byte - KEY_PLACE)) & 255;
 }
 
 // Radix sort in place, by the bytes of the key from `byte` on.
@@ -140,39 +156,53 @@ static void records_sort(struct record *records, size_t count, unsigned byte)
 			records[next[bucket]++] = record;
 		}
 	}
-	if (byte == 11)
+	if (byte == KEY_BYTES - 1)
 		return;
 	for (size_t bucket = 0, start = 0; bucket < 256; start = ends[bucket++])
 		records_sort(records + start, ends[bucket] - start, byte + 1);
 }
 
+// The first record with a digest, NULL if there is none.
+static struct record *log_find(const struct log *log, uint64_t wanted)
+{
+	size_t low = 0, high = log->count;
+
+	while (low < high) {
+		size_t middle = low + (high - low) / 2;
+
+		if (log->items[middle].digest < wanted)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < log->count && log->items[low].digest == wanted ? &log->items[low] : NULL;
+}
+
 // ---- frames ----
 
-// Whether a frame was seen before; it is from now on. -ENOMEM.
+static uint64_t *seen_piece(struct udd_estimate *estimate, size_t piece)
+{
+	uint64_t *words = __atomic_load_n(&estimate->seen[piece], __ATOMIC_ACQUIRE), *fresh;
+
+	if (words)
+		return words;
+	fresh = calloc(PIECE_FRAMES / 64, sizeof(*fresh));
+	// Another thread may have been faster.
+	if (!fresh || __atomic_compare_exchange_n(&estimate->seen[piece], &words, fresh, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+		return fresh;
+	free(fresh);
+	return words;
+}
+
+// Whether a frame was seen before; it is from now on. A negative errno.
 static int see_frame(struct udd_estimate *estimate, uint64_t frame)
 {
 	size_t piece = frame / PIECE_FRAMES, bit = frame % PIECE_FRAMES;
+	uint64_t *words = piece < PIECES ? seen_piece(estimate, piece) : NULL, mask = 1ULL << bit % 64;
 
-	if (piece >= PIECES)
-		return -ERANGE;
-	if (!estimate->seen[piece]) {
-		estimate->seen[piece] = calloc(PIECE_FRAMES / 64, sizeof(uint64_t));
-		if (!estimate->seen[piece])
-			return -ENOMEM;
-	}
-	uint64_t *word = &estimate->seen[piece][bit / 64], mask = 1ULL << bit % 64;
-	bool seen = *word & mask;
-
-	*word |= mask;
-	return seen;
-}
-
-static void forget_frames(struct udd_estimate *estimate)
-{
-	for (size_t i = 0; i < PIECES; i++) {
-		free(estimate->seen[i]);
-		estimate->seen[i] = NULL;
-	}
+	if (!words)
+		return piece < PIECES ? -ENOMEM : -ERANGE;
+	return !!(__atomic_fetch_or(&words[bit / 64], mask, __ATOMIC_RELAXED) & mask);
 }
 
 static bool frames_visible(void)
@@ -190,33 +220,17 @@ static bool frames_visible(void)
 	return visible;
 }
 
-// ---- fingerprints ----
-
-static uint64_t *filter_word(const struct udd_estimate *estimate, const void *part, uint64_t *ret_mask)
+static bool frame_is_ksm(const struct udd_estimate *estimate, uint64_t frame)
 {
-	uint64_t bit = udd_digest_part(part, PART_BYTES) & estimate->filter_mask;
+	uint64_t flags;
 
-	*ret_mask = 1ULL << bit % 64;
-	return &estimate->filter[bit / 64];
-}
-
-static void filter_add(struct udd_estimate *estimate, const void *part)
-{
-	uint64_t mask, *word = filter_word(estimate, part, &mask);
-
-	*word |= mask;
-}
-
-static bool filter_has(const struct udd_estimate *estimate, const void *part)
-{
-	uint64_t mask;
-
-	return *filter_word(estimate, part, &mask) & mask;
+	return estimate->flags >= 0 && pread(estimate->flags, &flags, sizeof(flags), frame * sizeof(flags)) == sizeof(flags) &&
+	       flags & FLAG_KSM;
 }
 
 // ---- life ----
 
-struct udd_estimate *udd_estimate_create(double part, uint64_t pages)
+struct udd_estimate *udd_estimate_create(double part, uint64_t seed)
 {
 	static const uint8_t zero[UDD_PAGE_SIZE] __attribute__((aligned(64)));
 	struct udd_estimate *estimate = calloc(1, sizeof(*estimate));
@@ -224,41 +238,56 @@ struct udd_estimate *udd_estimate_create(double part, uint64_t pages)
 	if (!estimate)
 		return NULL;
 	estimate->has_frames = frames_visible();
+	estimate->flags = estimate->has_frames ? open("/proc/kpageflags", O_RDONLY | O_CLOEXEC) : -1;
 	estimate->zero_digest = digest(zero);
-	estimate->buffer = aligned_alloc(UDD_PAGE_SIZE, UDD_LOOK_BATCH * UDD_PAGE_SIZE);
+	estimate->seed = seed;
+	estimate->part = part < 1 ? part * 0x1p64 : UINT64_MAX;
 	estimate->seen = calloc(PIECES, sizeof(*estimate->seen));
-	if (part < 1) {
-		uint64_t bits = 65536;
-
-		while (bits < pages * part * FILTER_BITS)
-			bits *= 2;
-		estimate->filter = calloc(bits / 64, sizeof(uint64_t));
-		estimate->filter_mask = bits - 1;
-		estimate->part = part * 0x1p64;
-		estimate->gathers = true;
-	}
-	if (!estimate->buffer || !estimate->seen || (part < 1 && !estimate->filter)) {
+	estimate->chunks = calloc(PLACES_CHUNKS, sizeof(*estimate->chunks));
+	if (!estimate->seen || !estimate->chunks) {
 		udd_estimate_destroy(estimate);
 		return NULL;
 	}
-	if (estimate->filter)
-		filter_add(estimate, zero);
 	return estimate;
+}
+
+static void reader_destroy(struct udd_reader *reader)
+{
+	free(reader->log.items);
+	free(reader->buffer);
+	free(reader);
 }
 
 void udd_estimate_destroy(struct udd_estimate *estimate)
 {
 	if (!estimate)
 		return;
-	if (estimate->seen)
-		forget_frames(estimate);
+	for (size_t i = 0; i < estimate->reader_count; i++)
+		reader_destroy(estimate->readers[i]);
+	for (size_t i = 0; estimate->seen && i < PIECES; i++)
+		free(estimate->seen[i]);
+	for (size_t i = 0; i * PLACES_CHUNK < estimate->place_count; i++)
+		free(estimate->chunks[i]);
 	free(estimate->seen);
-	free(estimate->places);
-	free(estimate->frames.items);
-	free(estimate->known.items);
-	free(estimate->filter);
-	free(estimate->buffer);
+	free(estimate->chunks);
+	if (estimate->flags >= 0)
+		close(estimate->flags);
 	free(estimate);
+}
+
+struct udd_reader *udd_reader_create(struct udd_estimate *estimate)
+{
+	struct udd_reader *reader = estimate->reader_count < READERS_MAX ? calloc(1, sizeof(*reader)) : NULL;
+
+	if (!reader)
+		return NULL;
+	reader->estimate = estimate;
+	reader->buffer = aligned_alloc(UDD_PAGE_SIZE, UDD_LOOK_BATCH * UDD_PAGE_SIZE);
+	if (!reader->buffer) {
+		reader_destroy(reader);
+		return NULL;
+	}
+	return estimate->readers[estimate->reader_count++] = reader;
 }
 
 int udd_estimate_has_frames(const struct udd_estimate *estimate)
@@ -268,147 +297,105 @@ int udd_estimate_has_frames(const struct udd_estimate *estimate)
 
 int64_t udd_estimate_add_place(struct udd_estimate *estimate, uint32_t process)
 {
-	size_t count = estimate->place_count;
+	uint64_t number = estimate->place_count;
 
-	if (count > RECORD_PLACE)
+	if (number > RECORD_PLACE)
 		return -ERANGE;
-	// Doubled at each power of two.
-	if (!(count & (count - 1))) {
-		struct udd_place *places = realloc(estimate->places, (count ? count * 2 : 1) * sizeof(*places));
+	if (number % PLACES_CHUNK == 0) {
+		struct udd_place *chunk = calloc(PLACES_CHUNK, sizeof(*chunk));
 
-		if (!places)
+		if (!chunk)
 			return -ENOMEM;
-		estimate->places = places;
+		estimate->chunks[number / PLACES_CHUNK] = chunk;
 	}
-	estimate->places[count] = (struct udd_place){.process = process};
-	return estimate->place_count++;
+	estimate->place_count++;
+	udd_estimate_place(estimate, number)->process = process;
+	return number;
 }
 
-const struct udd_place *udd_estimate_place(const struct udd_estimate *estimate, uint32_t place)
+struct udd_place *udd_estimate_place(const struct udd_estimate *estimate, uint64_t place)
 {
-	return &estimate->places[place];
-}
-
-int udd_estimate_know(struct udd_estimate *estimate, const uint64_t *digests, size_t count)
-{
-	for (size_t i = 0; i < count; i++) {
-		struct record block = {.digest = digests[2 * i]};
-		bool missing = !digests[2 * i] && !digests[2 * i + 1];
-		int r = missing || block.digest == estimate->zero_digest ? 0 : log_add(&estimate->known, block);
-
-		if (r)
-			return r;
-	}
-	return 0;
+	return &estimate->chunks[place / PLACES_CHUNK][place % PLACES_CHUNK];
 }
 
 // ---- looking ----
 
-// Whether a page is of the sample: by its frame, or where that is not known by its address.
-static bool sampled(const struct udd_estimate *estimate, const struct udd_mapped *range, const struct udd_seen_page *page)
+static void add(uint64_t *counter, uint64_t count)
 {
-	uint64_t frame = page->entry & UDD_ENTRY_FRAME;
-	uint64_t key[2] = {frame ? frame : page->page, frame ? 0 : estimate->places[range->place].process + 1};
-
-	return !estimate->filter || udd_digest_part(key, sizeof(key)) < estimate->part;
+	__atomic_fetch_add(counter, count, __ATOMIC_RELAXED);
 }
 
-// Leaves those pages that are to be counted, and counts the others.
-static int unseen(struct udd_estimate *estimate, const struct udd_mapped *range, struct udd_seen_page *pages, size_t count)
+// Whether a page is to be read: by its frame, or where that is not known by its address.
+static bool in_sample(const struct udd_estimate *estimate, const struct udd_place *place, const struct udd_seen_page *page)
 {
-	struct udd_place *place = &estimate->places[range->place];
-	size_t left = 0;
+	uint64_t frame = page->entry & UDD_ENTRY_FRAME;
+	uint64_t key[3] = {frame ? frame : page->page, frame ? 0 : place->process + 1, estimate->seed};
+
+	return estimate->part == UINT64_MAX || udd_digest_part(key, sizeof(key)) <= estimate->part;
+}
+
+// Leaves those pages that are to be read, and counts all. Returns how many are left, or a negative errno.
+static int choose(struct udd_estimate *estimate, struct udd_place *place, struct udd_seen_page *pages, size_t count)
+{
+	size_t left = 0, already = 0, already_file = 0, already_ksm = 0, file = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		int seen = estimate->has_frames ? see_frame(estimate, pages[i].entry & UDD_ENTRY_FRAME)
-						: !(pages[i].entry & UDD_ENTRY_ALONE);
+		uint64_t entry = pages[i].entry, frame = entry & UDD_ENTRY_FRAME;
+		bool of_file = entry & UDD_ENTRY_FILE;
+		int seen = estimate->has_frames ? see_frame(estimate, frame) : !(entry & UDD_ENTRY_ALONE);
 
 		if (seen < 0)
 			return seen;
-		if (!seen)
+		if (seen) {
+			already++;
+			already_file += of_file;
+			already_ksm += !of_file && frame_is_ksm(estimate, frame);
+			continue;
+		}
+		file += of_file;
+		if (in_sample(estimate, place, &pages[i]))
 			pages[left++] = pages[i];
 	}
-	if (!estimate->gathers) {
-		place->pages += count;
-		place->already += count - left;
-	}
+	add(&place->pages, count);
+	add(&place->already, already);
+	add(&place->already_file, already_file);
+	add(&place->already_ksm, already_ksm);
+	add(&place->file, file);
+	add(&place->sampled, left);
 	return left;
 }
 
-// Leaves the pages of the sample.
-static size_t in_sample(const struct udd_estimate *estimate, const struct udd_mapped *range, struct udd_seen_page *pages, size_t count)
+static int take_pages(struct udd_reader *reader, uint32_t pid, uint64_t number, struct udd_seen_page *pages, size_t count)
 {
-	size_t left = 0;
+	struct udd_place *place = udd_estimate_place(reader->estimate, number);
+	int left = choose(reader->estimate, place, pages, count);
 
-	for (size_t i = 0; i < count; i++)
-		if (sampled(estimate, range, &pages[i]))
-			pages[left++] = pages[i];
-	return left;
-}
+	if (left <= 0)
+		return left;
+	size_t read = udd_look_read(pid, pages, left, 0, UDD_PAGE_SIZE, reader->buffer), zero = 0, zero_file = 0;
 
-// Leaves the pages that must be read whole; those that can't be read are counted.
-static size_t worth_reading(struct udd_estimate *estimate, uint32_t pid, const struct udd_mapped *range, struct udd_seen_page *pages,
-			    size_t count)
-{
-	size_t readable = udd_look_read(pid, pages, count, PART_OFFSET, PART_BYTES, estimate->buffer), left = 0;
-
-	estimate->places[range->place].unreadable += count - readable;
-	for (size_t i = 0; i < readable; i++)
-		if (filter_has(estimate, estimate->buffer + i * PART_BYTES) || sampled(estimate, range, &pages[i]))
-			pages[left++] = pages[i];
-	return left;
-}
-
-static int take_page(struct udd_estimate *estimate, const struct udd_mapped *range, const struct udd_seen_page *page,
-		     const void *content)
-{
-	struct udd_place *place = &estimate->places[range->place];
-	bool file = page->entry & UDD_ENTRY_FILE;
-	struct record record = {
-		.digest = digest(content),
-		.place = range->place | (file ? RECORD_FILE : 0) | (sampled(estimate, range, page) ? RECORD_SAMPLED : 0),
-	};
-
-	if (record.digest != estimate->zero_digest)
-		return log_add(&estimate->frames, record);
-	place->zero++;
-	place->zero_file += file;
-	return 0;
-}
-
-static int take_pages(struct udd_estimate *estimate, uint32_t pid, const struct udd_mapped *range, struct udd_seen_page *pages,
-		      size_t count)
-{
-	int r = unseen(estimate, range, pages, count);
-
-	if (r <= 0)
-		return r;
-	size_t left = r;
-
-	if (estimate->gathers) {
-		left = in_sample(estimate, range, pages, left);
-		left = udd_look_read(pid, pages, left, PART_OFFSET, PART_BYTES, estimate->buffer);
-		for (size_t i = 0; i < left; i++)
-			filter_add(estimate, estimate->buffer + i * PART_BYTES);
-		return 0;
-	}
-	for (size_t i = 0; i < left; i++)
-		estimate->places[range->place].file += pages[i].entry & UDD_ENTRY_FILE ? 1 : 0;
-	if (estimate->filter)
-		left = worth_reading(estimate, pid, range, pages, left);
-	size_t read = udd_look_read(pid, pages, left, 0, UDD_PAGE_SIZE, estimate->buffer);
-
-	estimate->places[range->place].unreadable += left - read;
 	for (size_t i = 0; i < read; i++) {
-		r = take_page(estimate, range, &pages[i], estimate->buffer + i * UDD_PAGE_SIZE);
-		if (r)
-			return r;
+		bool file = pages[i].entry & UDD_ENTRY_FILE;
+		struct record record = {
+			.digest = digest(reader->buffer + i * UDD_PAGE_SIZE),
+			.place = number | (file ? RECORD_FILE : 0),
+		};
+
+		if (record.digest == reader->estimate->zero_digest) {
+			zero++;
+			zero_file += file;
+		} else if (log_add(&reader->log, record)) {
+			return -ENOMEM;
+		}
 	}
+	add(&place->unreadable, left - read);
+	add(&place->zero, zero);
+	add(&place->zero_file, zero_file);
 	return 0;
 }
 
-int64_t udd_estimate_look(struct udd_estimate *estimate, uint32_t pid, int pagemap, const struct udd_mapped *ranges, size_t count,
-			  uint64_t limit, struct udd_position *position)
+int64_t udd_reader_look(struct udd_reader *reader, uint32_t pid, int pagemap, const struct udd_mapped *ranges, size_t count,
+			uint64_t limit, struct udd_position *position)
 {
 	struct udd_seen_page pages[UDD_LOOK_BATCH];
 	uint64_t looked = 0;
@@ -422,7 +409,7 @@ int64_t udd_estimate_look(struct udd_estimate *estimate, uint32_t pid, int pagem
 			if (looked >= limit)
 				return looked;
 			int got = udd_look_next(&look, pages, UDD_LOOK_BATCH);
-			int r = got > 0 ? take_pages(estimate, pid, range, pages, got) : got;
+			int r = got > 0 ? take_pages(reader, pid, range->place, pages, got) : got;
 
 			if (r)
 				return r;
@@ -433,106 +420,221 @@ int64_t udd_estimate_look(struct udd_estimate *estimate, uint32_t pid, int pagem
 	return looked;
 }
 
-void udd_estimate_next_pass(struct udd_estimate *estimate)
+void udd_reader_sort(struct udd_reader *reader)
 {
-	forget_frames(estimate);
-	estimate->gathers = false;
+	records_sort(reader->log.items, reader->log.count, 0);
+}
+
+uint64_t udd_estimate_know(struct udd_estimate *estimate, const uint64_t *digests, size_t count)
+{
+	uint64_t known = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		known += digests[2 * i] || digests[2 * i + 1];
+		for (size_t j = 0; j < estimate->reader_count; j++) {
+			struct record *record = log_find(&estimate->readers[j]->log, digests[2 * i]);
+
+			if (record)
+				record->place |= RECORD_KNOWN;
+		}
+	}
+	return known;
 }
 
 // ---- judging ----
+
+// Where a walk over all contents is.
+struct walk {
+	const struct udd_estimate *estimate;
+	size_t next[READERS_MAX]; // record of each log
+	struct log gathered;	  // those of a content that is in several logs
+};
 
 // All frames with one content.
 struct content {
 	const struct record *records; // sorted by place
 	size_t count;
-	size_t sampled;	  // of them
-	size_t file;	  // of them
-	size_t processes; // that have some
-	bool known;	  // a block of an image has it
+	bool known; // a block of an image has it
 };
 
-static uint32_t process_of(const struct udd_estimate *estimate, const struct record *record)
+// The next records of a log if they have this digest.
+static size_t same_ahead(const struct log *log, size_t next, uint64_t wanted)
 {
-	return estimate->places[record->place & RECORD_PLACE].process;
+	size_t end = next;
+
+	while (end < log->count && log->items[end].digest == wanted)
+		end++;
+	return end - next;
+}
+
+// 1: there is another content, 0: there is none; -ENOMEM.
+static int walk_next(struct walk *walk, struct content *ret)
+{
+	const struct udd_estimate *estimate = walk->estimate;
+	size_t logs = 0;
+	uint64_t least = 0;
+	bool any = false;
+
+	for (size_t i = 0; i < estimate->reader_count; i++) {
+		const struct log *log = &estimate->readers[i]->log;
+
+		if (walk->next[i] < log->count && (!any || log->items[walk->next[i]].digest < least)) {
+			least = log->items[walk->next[i]].digest;
+			any = true;
+		}
+	}
+	*ret = (struct content){0};
+	walk->gathered.count = 0;
+	for (size_t i = 0; any && i < estimate->reader_count; i++) {
+		const struct log *log = &estimate->readers[i]->log;
+		const struct record *first = &log->items[walk->next[i]];
+		size_t count = same_ahead(log, walk->next[i], least);
+
+		if (!count)
+			continue;
+		// In most cases all are in one log, and stay there.
+		if (logs == 1)
+			for (size_t j = 0; j < ret->count; j++)
+				if (log_add(&walk->gathered, ret->records[j]))
+					return -ENOMEM;
+		for (size_t j = 0; logs && j < count; j++)
+			if (log_add(&walk->gathered, first[j]))
+				return -ENOMEM;
+		ret->records = logs++ ? walk->gathered.items : first;
+		ret->count += count;
+		ret->known |= !!(first->place & RECORD_KNOWN);
+		walk->next[i] += count;
+	}
+	if (logs > 1)
+		records_sort(walk->gathered.items, walk->gathered.count, KEY_PLACE);
+	return any;
+}
+
+static struct udd_place *place_of(const struct udd_estimate *estimate, const struct record *record)
+{
+	return udd_estimate_place(estimate, record->place & RECORD_PLACE);
 }
 
 // How many records from `at` on are of one process.
 static size_t of_process(const struct udd_estimate *estimate, const struct content *content, size_t at)
 {
-	uint32_t process = process_of(estimate, &content->records[at]);
+	uint32_t process = place_of(estimate, &content->records[at])->process;
 	size_t next = at + 1;
 
-	while (next < content->count && process_of(estimate, &content->records[next]) == process)
+	while (next < content->count && place_of(estimate, &content->records[next])->process == process)
 		next++;
 	return next - at;
 }
 
-static struct content content_at(const struct udd_estimate *estimate, size_t at)
+static size_t processes_of(const struct udd_estimate *estimate, const struct content *content)
 {
-	const struct log *frames = &estimate->frames;
-	struct content content = {.records = &frames->items[at]};
+	size_t processes = 0;
 
-	for (; at < frames->count && frames->items[at].digest == content.records->digest; at++, content.count++) {
-		content.sampled += frames->items[at].place & RECORD_SAMPLED ? 1 : 0;
-		content.file += frames->items[at].place & RECORD_FILE ? 1 : 0;
-	}
-	for (size_t next = 0; next < content.count; next += of_process(estimate, &content, next))
-		content.processes++;
-	return content;
+	for (size_t at = 0; at < content->count; at += of_process(estimate, content, at))
+		processes++;
+	return processes;
 }
 
-// `weight`: of each of its frames.
-static void judge_content(struct udd_estimate *estimate, const struct content *content, double weight, struct udd_estimate_total *ret)
+static size_t times(const struct content *content)
 {
-	size_t anonymous = content->count - content->file;
+	return content->count < UDD_ESTIMATE_TIMES ? content->count : UDD_ESTIMATE_TIMES;
+}
 
-	ret->contents += weight;
-	ret->within += weight * (content->count - content->processes);
-	ret->between += weight * (content->processes - 1);
-	ret->anonymous += weight * (anonymous ? anonymous - 1 : 0);
-	ret->file += weight * (content->file ? content->file - 1 : 0);
-	ret->mixed += anonymous && content->file ? weight : 0;
-	ret->known += content->known ? weight * content->count : 0;
+int udd_estimate_count(const struct udd_estimate *estimate, struct udd_contents *ret)
+{
+	struct walk walk = {.estimate = estimate};
+	struct content content;
+	int r;
+
+	*ret = (struct udd_contents){0};
+	while ((r = walk_next(&walk, &content)) > 0) {
+		ret->seen[times(&content)]++;
+		ret->pages += content.count;
+	}
+	free(walk.gathered.items);
+	return r;
+}
+
+// Of a content that was found several times. `each`: what is saved with each frame but the first, which is 1 if all are known.
+static void judge_several(const struct udd_estimate *estimate, const struct content *content, double each, struct udd_saved *ret)
+{
+	size_t processes = processes_of(estimate, content), file = 0;
+
 	for (size_t at = 0, own; at < content->count; at += own) {
 		own = of_process(estimate, content, at);
 		// What a process saves, in equal parts to its frames.
-		double within = weight * (own - 1) / own;
-		double between = weight * (content->processes - 1) / content->processes / own;
+		double within = each * (own - 1) / own, between = each * (processes - 1) / processes / own;
 
 		for (size_t i = at; i < at + own; i++) {
-			struct udd_place *place = &estimate->places[content->records[i].place & RECORD_PLACE];
+			struct udd_place *place = place_of(estimate, &content->records[i]);
 
 			place->within += within;
 			place->between += between;
-			place->known += content->known ? weight : 0;
+			place->known += content->known;
+			file += content->records[i].place & RECORD_FILE ? 1 : 0;
 		}
 	}
+	size_t anonymous = content->count - file;
+
+	ret->within += each * (content->count - processes);
+	ret->between += each * (processes - 1);
+	ret->anonymous += each * (anonymous ? anonymous - 1 : 0);
+	ret->file += each * (file ? file - 1 : 0);
+	ret->mixed += anonymous && file ? each : 0;
 }
 
-void udd_estimate_judge(struct udd_estimate *estimate, struct udd_estimate_total *ret)
+// Of one that was found once. `within`, `between`: what is saved with it, since there are others beyond the sample.
+static void judge_single(const struct udd_estimate *estimate, const struct content *content, double within, double between)
 {
-	const struct log *frames = &estimate->frames, *known = &estimate->known;
-	uint64_t nonzero = 0, in_sample = 0;
+	struct udd_place *place = place_of(estimate, content->records);
 
-	*ret = (struct udd_estimate_total){0};
-	records_sort(frames->items, frames->count, 0);
-	records_sort(known->items, known->count, 0);
-	for (size_t i = 0; i < estimate->place_count; i++) {
-		const struct udd_place *place = &estimate->places[i];
+	place->within += within;
+	place->between += between;
+	place->known += content->known;
+}
 
-		nonzero += place->pages - place->already - place->unreadable - place->zero;
+static void scale(struct udd_saved *saved, double by)
+{
+	saved->within *= by;
+	saved->between *= by;
+	saved->anonymous *= by;
+	saved->file *= by;
+	saved->mixed *= by;
+}
+
+int udd_estimate_judge(struct udd_estimate *estimate, const double *shares, double weight, struct udd_saved *ret)
+{
+	struct walk several = {.estimate = estimate}, singles = {.estimate = estimate};
+	struct content content;
+	double single = shares[1] * weight, saved;
+	uint64_t single_count = 0;
+	int r;
+
+	*ret = (struct udd_saved){0};
+	while ((r = walk_next(&several, &content)) > 0) {
+		double count = content.count;
+		// One copy is left of as many as its frames stand for.
+		double share = content.count < UDD_ESTIMATE_TIMES ? shares[content.count] : 1 - 1 / (count * weight);
+
+		if (content.count == 1)
+			single_count++;
+		else
+			judge_several(estimate, &content, weight * share * count / (count - 1), ret);
 	}
-	for (size_t i = 0; i < frames->count; i++)
-		in_sample += frames->items[i].place & RECORD_SAMPLED ? 1 : 0;
-	ret->sampled = in_sample;
-	for (size_t at = 0, block = 0; at < frames->count;) {
-		struct content content = content_at(estimate, at);
+	free(several.gathered.items);
+	if (r)
+		return r;
+	// With whom those are shared that were found once is not seen: as the others are.
+	saved = ret->within + ret->between;
+	double within = saved > 0 ? single * ret->within / saved : 0;
 
-		while (block < known->count && known->items[block].digest < content.records->digest)
-			block++;
-		content.known = block < known->count && known->items[block].digest == content.records->digest;
-		if (content.sampled)
-			judge_content(estimate, &content, (double)nonzero / in_sample * content.sampled / content.count, ret);
-		at += content.count;
-	}
+	while ((r = walk_next(&singles, &content)) > 0)
+		if (content.count == 1)
+			judge_single(estimate, &content, within, single - within);
+	free(singles.gathered.items);
+	if (saved > 0)
+		scale(ret, 1 + single * single_count / saved);
+	else
+		*ret = (struct udd_saved){.between = single * single_count, .anonymous = single * single_count};
+	return r;
 }

@@ -1,12 +1,8 @@
 """What an estimate comes to, in pages of 4096 bytes. Where memory was sampled, what concerns content is an estimate."""
 
-import math
 from collections.abc import Iterable
 
 import msgspec
-
-CONFIDENCE = 0.95
-"""That an error bound holds with."""
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -19,31 +15,40 @@ class Figures(msgspec.Struct, frozen=True):
     """Present; the kernel's zero page is none of them."""
 
     already: int = 0
-    """Of them: on a page frame that is counted elsewhere, by fork, page cache, KSM or udedup.
+    """Of them: on a page frame that is counted elsewhere.
 
     Without root all that is mapped more than once: the kernel doesn't tell with whom then.
     """
 
-    unreadable: int = 0
-    """Of the other pages: what could not be read."""
+    already_file: int = 0
+    """Of these: of files (the page cache), or shared memory, udedup's store apart."""
+
+    already_udedup: int = 0
+    """Of these: merged by udedup."""
+
+    already_ksm: int = 0
+    """Of these: merged by KSM. What is left of them was inherited by fork."""
 
     file: int = 0
-    """Of the other pages: of files (the page cache), or shared memory."""
+    """Of the pages that are not shared already: of files (the page cache), or shared memory."""
 
-    zero: int = 0
-    """Of the other pages: all zero."""
+    zero: float = 0
+    """Of the pages that are not shared already: all zero."""
 
-    zero_file: int = 0
+    zero_file: float = 0
     """Of these: of files, or shared memory."""
 
-    within: float = 0.0
+    within: float = 0
     """Pages saved, besides the zero ones, if equal pages of one process were one."""
 
-    between: float = 0.0
+    between: float = 0
     """Saved besides, if equal pages of different processes were one; each process has an equal part in that."""
 
-    known: float = 0.0
+    known: float = 0
     """Pages with the content of a block of an image, zero ones left out."""
+
+    unreadable: float = 0
+    """Of the pages that are not shared already: those that could not be read."""
 
     @property
     def frames(self) -> int:
@@ -77,49 +82,51 @@ class Process(msgspec.Struct, frozen=True):
     figures: Figures
 
 
+class LeftOut(msgspec.Struct, frozen=True):
+    """A process that was not looked at, or not to its end."""
+
+    pid: int
+    command: str
+    reason: str
+
+
 class Estimate(msgspec.Struct, frozen=True):
     """All of it."""
 
     page_bytes: int
     total: Figures
+    saved: float
+    """Pages of ``total`` that sharing would save: zero, within and between."""
+
+    saved_least: float
+    """The truth is not below that, with a probability of ``confidence``."""
+
+    saved_most: float
+    """Nor above that. Both are ``saved`` if all was read."""
+
+    confidence: float
+    """That of the bounds; 1 if all was read."""
+
+    kinds: Kinds
     processes: list[Process]
+    """Most saved first."""
+
     names: dict[str, Figures]
     """By file or name of the mapping; most saved first."""
 
-    kinds: Kinds
-    image_blocks: int
-    """Blocks of images that were known, zero ones and such that hold equal content counted each."""
+    images: dict[str, int]
+    """Images whose blocks were known, and how many of each were: holes are left out."""
 
     sample: float
-    """Part of the memory that was sampled; 1: all was read."""
+    """Part of the memory that was to be read; 1: all of it."""
 
     sampled: int
-    """Pages that are the sample."""
+    """Page frames that were."""
 
     page_frames: bool
     """Whether the kernel showed page frames; if not, what is shared already is taken for more than it is."""
 
-    left_out: dict[str, list[int]]
-    """Processes that were not looked at, by the reason."""
-
-    @property
-    def udedup_saves(self) -> float:
-        """Of what would be saved: what is anonymous memory, pages."""
-        return self.total.zero - self.total.zero_file + self.kinds.anonymous
-
-    @property
-    def error(self) -> float:
-        """How far what would be saved may be off, at :data:`CONFIDENCE`, pages; 0 if all was read.
-
-        Hoeffding's bound on the mean of ``sampled`` values between 0 and 1, one for each page that is not zero. It
-        holds for the total, whatever the memory; processes and mappings have fewer of the sample.
-        """
-        if self.sample >= 1:
-            return 0.0
-        pages = self.total.frames - self.total.unreadable - self.total.zero
-        if not self.sampled:
-            return float(pages)
-        return min(1.0, math.sqrt(math.log(2 / (1 - CONFIDENCE)) / (2 * self.sampled))) * pages
+    left_out: list[LeftOut]
 
 
 def add(parts: Iterable[Figures]) -> Figures:

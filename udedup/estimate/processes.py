@@ -15,6 +15,12 @@ GROUPS: Final = Path("/sys/fs/cgroup")
 ANONYMOUS: Final = "anonymous"
 """Name of mappings that have none."""
 
+STORE: Final = "/memfd:udedup-store"
+"""Name of what udedup has merged."""
+
+STORE_VIEW: Final = "udedup's view of its store"
+"""Name of where agents and engines see it besides."""
+
 # Pages that belong to the kernel.
 _KERNELS: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"})
 _FIELDS: Final = 5
@@ -51,28 +57,30 @@ def everybody() -> list[int]:
 
 
 def of_cgroup(path: Path) -> list[int]:
-    """All processes of a control group and those below it. Raises UdedupError.
+    """All processes of a control group and those below it, but this one. Raises UdedupError.
 
     ``path`` may leave out /sys/fs/cgroup.
     """
     folder = path if path.is_relative_to(GROUPS) else GROUPS / str(path).lstrip("/")
     if not (folder / "cgroup.procs").exists():
-        raise UdedupError(f"no control group {folder}: give its folder below {GROUPS}")
+        raise UdedupError(f"no control group {folder}: give its directory below {GROUPS}")
     try:
-        texts = [file.read_text() for file in (folder / "cgroup.procs", *folder.glob("**/cgroup.procs"))]
+        texts = [file.read_text() for file in folder.glob("**/cgroup.procs")]
     except OSError as error:
         raise UdedupError(f"control group {folder}: its processes can't be listed: {error.strerror}") from error
-    return sorted({int(pid) for text in texts for pid in text.split()} - {os.getpid()})
+    # 0: a process that this one's pid namespace doesn't have.
+    return sorted({int(pid) for text in texts for pid in text.split()} - {0, os.getpid()})
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """What a process has mapped, by address; nothing if it is a thread of the kernel.
+    """What a process has mapped; nothing if it is a thread of the kernel. Raises GoneError or ForbiddenError.
 
-    Raises GoneError or ForbiddenError.
+    What programs use comes first: page frames count where they are found first.
     """
     with _explained():
-        lines = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="backslashreplace").split("\n")
-    return [mapping for mapping in _parse(lines) if mapping.name not in _KERNELS]
+        text = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="backslashreplace")
+    found = [mapping for mapping in _parse(text.split("\n")) if mapping.name not in _KERNELS]
+    return sorted(found, key=lambda mapping: mapping.name == STORE_VIEW)
 
 
 def present_pages(pid: int) -> int:
@@ -84,12 +92,15 @@ def present_pages(pid: int) -> int:
 
 
 def command(pid: int) -> str:
-    """Its command line, for people; "?" if it is gone."""
+    """Its command line for people, in one line; its name in brackets if it has none, "?" if it is gone."""
     try:
         words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="backslashreplace").split("\0")
+        name = (PROC / str(pid) / "comm").read_text(errors="backslashreplace").strip()
     except (FileNotFoundError, ProcessLookupError):
         return "?"
-    return " ".join(words).strip()
+    return (
+        "".join(character if character.isprintable() else " " for character in " ".join(words)).strip() or f"[{name}]"
+    )
 
 
 def open_pagemap(pid: int) -> int:
@@ -116,4 +127,12 @@ def _parse(lines: Iterable[str]) -> Iterator[Mapping]:
         words = line.split(maxsplit=_FIELDS)
         if len(words) >= _FIELDS:
             start, end = (int(address, 16) for address in words[0].split("-"))
-            yield Mapping(words[_FIELDS].removesuffix(" (deleted)") if len(words) > _FIELDS else ANONYMOUS, start, end)
+            yield Mapping(_name(words), start, end)
+
+
+def _name(words: list[str]) -> str:
+    """Of the words of a line."""
+    if len(words) <= _FIELDS:
+        return ANONYMOUS
+    name = words[_FIELDS].removesuffix(" (deleted)")
+    return STORE_VIEW if name == STORE and words[1].endswith("s") else name

@@ -1,147 +1,279 @@
-"""Looks at the memory of processes, one after the other: C behind cffi, in pieces with the GIL released."""
+"""Looks at the memory of processes, several threads at a time: C behind cffi, in pieces with the GIL released."""
 
+import errno
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import attrs
+import trio
 
 from udedup.engine.native import CData, ffi, lib
+from udedup.errors import UdedupError
 from udedup.estimate import processes
-from udedup.estimate.figures import Estimate, Figures, Kinds, Process, add
+from udedup.estimate.bounds import CONFIDENCE, Bounds, Sample, bound
+from udedup.estimate.figures import Estimate, Figures, Kinds, LeftOut, Process, add
 from udedup.estimate.processes import ForbiddenError, GoneError
 
 PAGE: Final[int] = lib.UDD_PAGE_SIZE
+DIGEST_BYTES: Final = 16
 PIECE_PAGES: Final = 16384
-"""Looked at in one go: a tenth of a second at worst."""
+"""Looked at in one go: a twentieth of a second."""
 
-ENDED: Final = "ended meanwhile"
-FORBIDDEN: Final = "not permitted"
+JOB_PAGES: Final = 1 << 18
+JOB_RANGES: Final = 4096
+"""Addresses that one thread goes over before it takes others, and how many mappings at most."""
+
+ENDED: Final = "has ended meanwhile"
+FORBIDDEN: Final = "its memory is not for this user to read (root may)"
 Found = TypeVar("Found")
 
 
-@attrs.define
+@attrs.frozen
 class _Subject:
-    """A process while it is looked at."""
+    """A process that is looked at."""
 
     pid: int
     command: str
     places: dict[str, int]
     """Numbers of what is counted, by the name of the mappings."""
 
+
+@attrs.frozen
+class _Job:
+    """A part of a process."""
+
+    subject: _Subject
     ranges: list[tuple[int, int, int]]
     """First page, page behind the last, number of the place."""
 
 
 class Survey:
-    """One look. ``part``: how much of the memory is sampled, 1 for all of it. Use from one thread at a time."""
+    """One look. ``part``: how much of the memory is to be read, 1 for all of it, else a sample, chosen by ``seed``."""
 
-    def __init__(self, pids: Sequence[int], part: float = 1.0) -> None:
+    def __init__(self, pids: Sequence[int], part: float = 1.0, seed: int | None = None) -> None:
         self._pids = list(dict.fromkeys(pids))
         self._part = part
-        self.left_out: dict[str, list[int]] = {}
-        """Processes that could not be looked at, by the reason."""
-        self.expected = sum(map(processes.present_pages, self._pids)) * self.passes
-        """About how many pages :meth:`look` goes over."""
+        self._left_out: dict[int, LeftOut] = {}
         self._subjects: list[_Subject] = []
-        self._blocks = 0
-        self._native: CData = ffi.gc(lib.udd_estimate_create(part, self.expected), lib.udd_estimate_destroy)
+        self._images: dict[str, int] = {}
+        chosen = secrets.randbits(64) if seed is None else seed
+        self._native: CData = ffi.gc(lib.udd_estimate_create(part, chosen), lib.udd_estimate_destroy)
         if self._native == ffi.NULL:
             raise MemoryError
 
-    @property
-    def passes(self) -> int:
-        """Over the memory: a sample takes one more."""
-        return 1 if self._part >= 1 else 2
+    def expected(self) -> int:
+        """About how many pages :meth:`look` will go over."""
+        return sum(map(processes.present_pages, self._pids))
 
-    def know(self, digests: Any) -> None:
-        """Makes the blocks of an image known.
+    async def look(self, threads: int, on_looked: Callable[[int], None]) -> None:
+        """Looks at all processes, so many threads at a time; once.
 
-        ``digests``: a buffer, 16 bytes for each block, zero for those that aren't.
+        ``on_looked`` is told, again and again, how many pages more it has gone over. Raises UdedupError if the kernel
+        can't tell what is in memory.
         """
-        words = ffi.from_buffer("uint64_t[]", digests)
-        if lib.udd_estimate_know(self._native, words, len(words) // 2):
+        readers = [lib.udd_reader_create(self._native) for _ in range(threads)]
+        if ffi.NULL in readers:
             raise MemoryError
-        self._blocks += sum(1 for low, high in zip(words[0::2], words[1::2], strict=True) if low or high)
+        jobs = self._jobs()
+        async with trio.open_nursery() as nursery:
+            for reader in readers:
+                nursery.start_soon(self._work, reader, jobs, on_looked)
+        async with trio.open_nursery() as nursery:
+            for reader in readers:
+                nursery.start_soon(trio.to_thread.run_sync, lib.udd_reader_sort, reader)
 
-    def look(self) -> Iterator[int]:
-        """Looks at all processes; yields, again and again, how many pages it went over."""
-        self._subjects = [subject for number, pid in enumerate(self._pids) if (subject := self._prepare(number, pid))]
-        for remaining in reversed(range(self.passes)):
-            for subject in list(self._subjects):
-                yield from self._go_over(subject)
-            if remaining:
-                lib.udd_estimate_next_pass(self._native)
+    def know(self, image: str, digests: bytes) -> None:
+        """Makes blocks of an image known, after the look. ``digests``: 16 bytes for each, zero for those that aren't.
 
-    def judge(self) -> Estimate:
-        """What was found. Once, at the end."""
-        total = ffi.new("struct udd_estimate_total *")
-        lib.udd_estimate_judge(self._native, total)
-        by_name: dict[str, list[Figures]] = {}
-        results = []
-        for subject in self._subjects:
-            parts = {name: self._figures(place) for name, place in subject.places.items()}
-            for name, part in parts.items():
-                by_name.setdefault(name, []).append(part)
-            results.append(Process(subject.pid, subject.command, add(parts.values())))
-        names = {name: add(parts) for name, parts in by_name.items()}
-        return Estimate(
-            page_bytes=PAGE,
-            total=add(process.figures for process in results),
-            processes=results,
-            names=dict(sorted(names.items(), key=lambda item: item[1].saved, reverse=True)),
-            kinds=Kinds(total.anonymous, total.file, total.mixed),
-            image_blocks=self._blocks,
-            sample=self._part,
-            sampled=total.sampled,
-            page_frames=bool(lib.udd_estimate_has_frames(self._native)),
-            left_out=self.left_out,
+        ``image``: its name.
+        """
+        self._images.setdefault(image, 0)
+        self._images[image] += lib.udd_estimate_know(
+            self._native, ffi.from_buffer("uint64_t[]", digests), len(digests) // DIGEST_BYTES
         )
 
-    def _prepare(self, number: int, pid: int) -> _Subject | None:
-        found = self._unless_impossible(pid, lambda: processes.mappings(pid))
-        if not found:
-            return None
-        subject = _Subject(pid, processes.command(pid), {}, [])
-        for mapping in found:
-            if mapping.name not in subject.places:
-                subject.places[mapping.name] = self._add_place(number)
-            subject.ranges.append((mapping.start // PAGE, mapping.end // PAGE, subject.places[mapping.name]))
-        return subject
+    def judge(self) -> Estimate:
+        """What was found. Once, at the end; takes a while. Raises UdedupError if no process could be looked at."""
+        self._subjects = [subject for subject in self._subjects if self._seen(subject)]
+        if not self._subjects:
+            raise UdedupError(_nothing(list(self._left_out.values())))
+        contents = ffi.new("struct udd_contents *")
+        _check(lib.udd_estimate_count(self._native, contents))
+        raw = self._total()
+        frames = raw["pages"] - raw["already"]
+        # How many frames one that was to be read stands for.
+        weight = frames / raw["sampled"] if raw["sampled"] else 1.0
+        bounds = self._bounds(list(contents.seen), raw, frames)
+        saved = ffi.new("struct udd_saved *")
+        _check(lib.udd_estimate_judge(self._native, self._shares(bounds, weight, raw, contents), weight, saved))
+        kinds = Kinds(saved.anonymous, saved.file, saved.mixed)
+        return self._estimate(weight, bounds, kinds, raw["sampled"] - raw["unreadable"])
 
-    def _add_place(self, process: int) -> int:
-        place: int = lib.udd_estimate_add_place(self._native, process)
-        if place < 0:
-            raise MemoryError
-        return place
+    # ---- looking ----
 
-    def _go_over(self, subject: _Subject) -> Iterator[int]:
-        descriptor = self._unless_impossible(subject.pid, lambda: processes.open_pagemap(subject.pid))
-        if descriptor is None:
-            self._subjects.remove(subject)
-            return
-        ranges = ffi.new("struct udd_mapped[]", subject.ranges)
-        position = ffi.new("struct udd_position *")
-        try:
-            while position.range < len(ranges):
-                looked: int = lib.udd_estimate_look(
-                    self._native, subject.pid, descriptor, ranges, len(ranges), PIECE_PAGES, position
-                )
-                if looked < 0:
-                    raise OSError(-looked, os.strerror(-looked))
-                yield looked
-        finally:
-            os.close(descriptor)
+    def _jobs(self) -> Iterator[_Job]:
+        """Parts of all processes; looks at what each has mapped when it comes to it."""
+        for number, pid in enumerate(self._pids):
+            found = self._unless_impossible(pid, lambda pid=pid: processes.mappings(pid))  # type: ignore[misc]
+            if not found:
+                continue
+            subject = _Subject(pid, processes.command(pid), {})
+            self._subjects.append(subject)
+            ranges: list[tuple[int, int, int]] = []
+            room = JOB_PAGES
+            for mapping in found:
+                if mapping.name not in subject.places:
+                    subject.places[mapping.name] = _check(lib.udd_estimate_add_place(self._native, number))
+                first, end = mapping.start // PAGE, mapping.end // PAGE
+                while first < end:
+                    stop = min(end, first + room)
+                    ranges.append((first, stop, subject.places[mapping.name]))
+                    room -= stop - first
+                    first = stop
+                    if not room or len(ranges) == JOB_RANGES:
+                        yield _Job(subject, ranges)
+                        ranges, room = [], JOB_PAGES
+            if ranges:
+                yield _Job(subject, ranges)
+
+    async def _work(self, reader: CData, jobs: Iterator[_Job], on_looked: Callable[[int], None]) -> None:
+        """Does jobs until there are none; several at a time share ``jobs``."""
+        for job in jobs:
+            pid = job.subject.pid
+            descriptor = self._unless_impossible(pid, lambda pid=pid: processes.open_pagemap(pid))  # type: ignore[misc]
+            if descriptor is None:
+                continue
+            ranges = ffi.new("struct udd_mapped[]", job.ranges)
+            position = ffi.new("struct udd_position *")
+            look = lib.udd_reader_look
+            try:
+                while position.range < len(ranges):
+                    on_looked(
+                        _check(
+                            await trio.to_thread.run_sync(
+                                look, reader, pid, descriptor, ranges, len(ranges), PIECE_PAGES, position
+                            )
+                        )
+                    )
+            finally:
+                os.close(descriptor)
 
     def _unless_impossible(self, pid: int, find: Callable[[], Found]) -> Found | None:
         try:
             return find()
         except GoneError:
-            self.left_out.setdefault(ENDED, []).append(pid)
+            self._left_out.setdefault(pid, LeftOut(pid, self._command(pid), ENDED))
         except ForbiddenError:
-            self.left_out.setdefault(FORBIDDEN, []).append(pid)
+            self._left_out.setdefault(pid, LeftOut(pid, self._command(pid), FORBIDDEN))
         return None
 
-    def _figures(self, place: int) -> Figures:
-        found = lib.udd_estimate_place(self._native, place)
-        return Figures(**{name: getattr(found, name) for name in Figures.__struct_fields__})
+    def _command(self, pid: int) -> str:
+        """As it was when it was seen, if it was."""
+        return next((each.command for each in self._subjects if each.pid == pid), processes.command(pid))
+
+    # ---- judging ----
+
+    def _seen(self, subject: _Subject) -> bool:
+        """Whether there is something to tell of a process."""
+        places = [lib.udd_estimate_place(self._native, number) for number in subject.places.values()]
+        return subject.pid not in self._left_out or any(place.pages for place in places)
+
+    def _total(self) -> dict[str, int]:
+        names = ("pages", "already", "sampled", "unreadable", "zero")
+        numbers = [number for subject in self._subjects for number in subject.places.values()]
+        places = [lib.udd_estimate_place(self._native, number) for number in numbers]
+        return {name: sum(getattr(place, name) for place in places) for name in names}
+
+    def _bounds(self, seen: list[int], raw: dict[str, int], frames: int) -> Bounds | None:
+        """None if all was to be read."""
+        if self._part >= 1:
+            return None
+        # What can't be read can't be shared: as if there was nothing like it.
+        seen[1] += raw["unreadable"]
+        return bound(Sample(self._part, frames, raw["zero"], seen))
+
+    def _shares(self, bounds: Bounds | None, weight: float, raw: dict[str, int], contents: CData) -> list[float]:
+        """See udd_estimate_judge: such that all that is saved is what is in the middle between the bounds."""
+        times: int = lib.UDD_ESTIMATE_TIMES
+        if bounds is None:
+            return [0.0, *(1 - 1 / each for each in range(1, times))]
+        # Found often: see udd_estimate_judge.
+        often = contents.pages - sum(each * contents.seen[each] for each in range(1, times))
+        certain = (raw["zero"] + often) * weight - contents.seen[times]
+        wanted = (bounds.least + bounds.most) / 2 - certain
+        given = weight * sum(each * contents.seen[each] * bounds.shares[each] for each in range(1, times))
+        factor = max(wanted, 0.0) / given if given else 0.0
+        return [share * factor for share in bounds.shares[:times]]
+
+    def _estimate(self, weight: float, bounds: Bounds | None, kinds: Kinds, sampled: int) -> Estimate:
+        by_name: dict[str, list[Figures]] = {}
+        results = []
+        for subject in self._subjects:
+            parts = {name: self._figures(place, name, weight) for name, place in subject.places.items()}
+            for name, part in parts.items():
+                by_name.setdefault(name, []).append(part)
+            results.append(Process(subject.pid, subject.command, add(parts.values())))
+        names = {name: add(parts) for name, parts in by_name.items()}
+        total = add(process.figures for process in results)
+        saved = total.saved if bounds is None else min(max(total.saved, bounds.least), bounds.most)
+        return Estimate(
+            page_bytes=PAGE,
+            total=total,
+            saved=saved,
+            saved_least=saved if bounds is None else bounds.least,
+            saved_most=saved if bounds is None else bounds.most,
+            confidence=1.0 if bounds is None else CONFIDENCE,
+            kinds=kinds,
+            processes=sorted(results, key=lambda process: process.figures.saved, reverse=True),
+            names=dict(sorted(names.items(), key=lambda item: item[1].saved, reverse=True)),
+            images=self._images,
+            sample=self._part,
+            sampled=sampled,
+            page_frames=bool(lib.udd_estimate_has_frames(self._native)),
+            left_out=sorted(self._left_out.values(), key=lambda left: left.pid),
+        )
+
+    def _figures(self, number: int, name: str, weight: float) -> Figures:
+        place = lib.udd_estimate_place(self._native, number)
+        store = name == processes.STORE
+        return Figures(
+            pages=place.pages,
+            already=place.already,
+            already_file=0 if store else place.already_file,
+            already_udedup=place.already_file if store else 0,
+            already_ksm=place.already_ksm,
+            file=place.file,
+            zero=_rounded(place.zero * weight),
+            zero_file=_rounded(place.zero_file * weight),
+            within=_rounded(place.within),
+            between=_rounded(place.between),
+            known=_rounded(place.known * weight),
+            unreadable=_rounded(place.unreadable * weight),
+        )
+
+
+def _rounded(pages: float) -> float:
+    """Without what only comes of the way that sums were made."""
+    return round(pages, 3)
+
+
+def _check(result: int) -> int:
+    """The result of a C function. Raises MemoryError, UdedupError, or OSError."""
+    if result == -errno.ENOMEM:
+        raise MemoryError
+    if result == -errno.ENOTTY:
+        raise UdedupError("this kernel doesn't tell which pages are in memory: estimating takes Linux 6.7 or later")
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def _nothing(left_out: list[LeftOut]) -> str:
+    """The error if there is nothing to tell of."""
+    if not left_out:
+        return "there are no processes to look at"
+    first = left_out[0]
+    others = f", and {len(left_out) - 1} more can't be looked at" if len(left_out) > 1 else ""
+    return f"process {first.pid} ({first.command}): {first.reason}{others}"
