@@ -530,13 +530,14 @@ struct udd_place *udd_estimate_place(const struct udd_estimate *estimate, uint64
 // Who looks: one of several threads. It goes with the estimate. NULL: no memory, or there are too many. Not for two threads at a time.
 struct udd_reader *udd_reader_create(struct udd_estimate *estimate);
 // Goes on looking at a process until some `limit` pages were present or `position` is behind the last range. Returns how many were, or
-// a negative errno.
-int64_t udd_reader_look(struct udd_reader *reader, uint32_t pid, int pagemap, const struct udd_mapped *ranges, size_t count,
+// a negative errno. `memory`, `pagemap`: of /proc/PID.
+int64_t udd_reader_look(struct udd_reader *reader, int memory, int pagemap, const struct udd_mapped *ranges, size_t count,
 			uint64_t limit, struct udd_position *position);
 // Afterwards, before any of the following: brings equal contents together.
 void udd_reader_sort(struct udd_reader *reader);
 
-// Makes blocks of an image known by their digests, two words each, both 0 for those that aren't. Returns how many were.
+// Makes blocks of an image known by their digests, two words each, both 0 for those that aren't. Returns how many were, those that
+// are all zero apart.
 uint64_t udd_estimate_know(struct udd_estimate *estimate, const uint64_t *digests, size_t count);
 // -ENOMEM.
 int udd_estimate_count(const struct udd_estimate *estimate, struct udd_contents *ret);

@@ -365,14 +365,14 @@ static int choose(struct udd_estimate *estimate, struct udd_place *place, struct
 	return left;
 }
 
-static int take_pages(struct udd_reader *reader, uint32_t pid, uint64_t number, struct udd_seen_page *pages, size_t count)
+static int take_pages(struct udd_reader *reader, int memory, uint64_t number, struct udd_seen_page *pages, size_t count)
 {
 	struct udd_place *place = udd_estimate_place(reader->estimate, number);
 	int left = choose(reader->estimate, place, pages, count);
 
 	if (left <= 0)
 		return left;
-	size_t read = udd_look_read(pid, pages, left, 0, UDD_PAGE_SIZE, reader->buffer), zero = 0, zero_file = 0;
+	size_t read = udd_look_read(memory, pages, left, reader->buffer), zero = 0, zero_file = 0;
 
 	for (size_t i = 0; i < read; i++) {
 		bool file = pages[i].entry & UDD_ENTRY_FILE;
@@ -394,7 +394,7 @@ static int take_pages(struct udd_reader *reader, uint32_t pid, uint64_t number, 
 	return 0;
 }
 
-int64_t udd_reader_look(struct udd_reader *reader, uint32_t pid, int pagemap, const struct udd_mapped *ranges, size_t count,
+int64_t udd_reader_look(struct udd_reader *reader, int memory, int pagemap, const struct udd_mapped *ranges, size_t count,
 			uint64_t limit, struct udd_position *position)
 {
 	struct udd_seen_page pages[UDD_LOOK_BATCH];
@@ -409,7 +409,7 @@ int64_t udd_reader_look(struct udd_reader *reader, uint32_t pid, int pagemap, co
 			if (looked >= limit)
 				return looked;
 			int got = udd_look_next(&look, pages, UDD_LOOK_BATCH);
-			int r = got > 0 ? take_pages(reader, pid, range->place, pages, got) : got;
+			int r = got > 0 ? take_pages(reader, memory, range->place, pages, got) : got;
 
 			if (r)
 				return r;
@@ -430,7 +430,9 @@ uint64_t udd_estimate_know(struct udd_estimate *estimate, const uint64_t *digest
 	uint64_t known = 0;
 
 	for (size_t i = 0; i < count; i++) {
-		known += digests[2 * i] || digests[2 * i + 1];
+		if ((!digests[2 * i] && !digests[2 * i + 1]) || digests[2 * i] == estimate->zero_digest)
+			continue;
+		known++;
 		for (size_t j = 0; j < estimate->reader_count; j++) {
 			struct record *record = log_find(&estimate->readers[j]->log, digests[2 * i]);
 

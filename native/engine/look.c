@@ -5,7 +5,6 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "../common/wire.h"
@@ -101,39 +100,30 @@ int udd_look_next(struct udd_look *look, struct udd_seen_page *ret, size_t max)
 	return filled;
 }
 
-// Where each page's bytes are; what follows in memory as well is one piece. Returns the number of pieces.
-static size_t remote_pieces(const struct udd_seen_page *pages, size_t count, size_t offset, size_t bytes, struct iovec *ret)
+// How many of some pages follow each other, at least 1.
+static size_t in_a_row(const struct udd_seen_page *pages, size_t count)
 {
-	size_t pieces = 0;
+	size_t row = 1;
 
-	for (size_t i = 0; i < count; i++) {
-		char *address = (char *)(pages[i].page * UDD_PAGE_SIZE + offset);
-		struct iovec *last = pieces ? &ret[pieces - 1] : NULL;
-
-		if (last && (char *)last->iov_base + last->iov_len == address)
-			last->iov_len += bytes;
-		else
-			ret[pieces++] = (struct iovec){.iov_base = address, .iov_len = bytes};
-	}
-	return pieces;
+	while (row < count && pages[row].page == pages[0].page + row)
+		row++;
+	return row;
 }
 
-size_t udd_look_read(uint32_t pid, struct udd_seen_page *pages, size_t count, size_t offset, size_t bytes, void *buffer)
+size_t udd_look_read(int memory, struct udd_seen_page *pages, size_t count, void *buffer)
 {
-	struct iovec remote[UDD_LOOK_BATCH];
 	size_t kept = 0, next = 0;
 
 	while (next < count) {
-		struct iovec local = {.iov_base = (char *)buffer + kept * bytes, .iov_len = (count - next) * bytes};
-		size_t pieces = remote_pieces(pages + next, count - next, offset, bytes, remote);
-		ssize_t got = process_vm_readv(pid, &local, 1, remote, pieces, 0);
-		size_t read = got > 0 ? got / bytes : 0;
+		size_t row = in_a_row(pages + next, count - next);
+		ssize_t got = pread(memory, (char *)buffer + kept * UDD_PAGE_SIZE, row * UDD_PAGE_SIZE, pages[next].page * UDD_PAGE_SIZE);
+		size_t read = got > 0 ? got / UDD_PAGE_SIZE : 0;
 
 		for (size_t i = 0; i < read; i++)
 			pages[kept++] = pages[next + i];
 		next += read;
 		// What stopped it is the page after those.
-		if (next < count)
+		if (read < row)
 			next++;
 	}
 	return kept;

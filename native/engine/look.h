@@ -2,7 +2,7 @@
 // Another process's memory, looked at from outside: which of its pages are present, and what they hold. Absent pages and those
 // in swap are never asked for, so that looking brings nothing in; one that goes between the two steps may be, as by any access.
 //
-// Which mappings are worth looking at, and what a page's content means, is for those who look.
+// Mappings of devices must not be looked at: to read a device's memory may do something. Which mappings are worth looking at, and what a page's content means, is for those who look.
 #ifndef UDD_LOOK_H
 #define UDD_LOOK_H
 
@@ -44,8 +44,11 @@ int udd_look_open(uint32_t pid, const char *name);
 void udd_look_init(struct udd_look *look, int pagemap, uint64_t page, uint64_t end, uint64_t without);
 // The next present pages, at most `max`; 0: there are no more, or the process is gone. A negative errno where the kernel can't tell.
 int udd_look_next(struct udd_look *look, struct udd_seen_page *ret, size_t max);
-// Reads `bytes` bytes from byte `offset` of each of at most UDD_LOOK_BATCH pages, one after the other, into `buffer`. Pages that
-// can't be read are taken out of `pages`; returns how many are left.
-size_t udd_look_read(uint32_t pid, struct udd_seen_page *pages, size_t count, size_t offset, size_t bytes, void *buffer);
+// Reads at most UDD_LOOK_BATCH pages, one after the other, into `buffer`. Pages that can't be read are taken out of `pages`; returns
+// how many are left. `memory`: /proc/PID/mem.
+//
+// Not process_vm_readv(2), which is faster: it pins what it reads, and a page that is to be pinned and is shared, by fork or KSM, is
+// first copied for the process. Pages read are marked as used, as by any reader.
+size_t udd_look_read(int memory, struct udd_seen_page *pages, size_t count, void *buffer);
 
 #endif

@@ -183,6 +183,13 @@ size_t udd_sampler_latencies(const struct udd_sampler *sampler, const float **re
 
 // ---- reading ----
 
+// The descriptors of one process.
+struct process {
+	uint32_t pid;
+	int memory;
+	int pagemap;
+};
+
 static int places_add(struct places *places, struct place place)
 {
 	if (places->count == places->room) {
@@ -206,7 +213,7 @@ static void remember(struct table *seen, uint64_t frame, uint64_t digest)
 }
 
 // Pages that have just been found present. What is on a frame that was seen needs no reading; what is gone meanwhile is left out.
-static int read_pages(struct udd_sampler *sampler, uint32_t pid, struct udd_seen_page *pages, size_t count, struct places *ret)
+static int read_pages(struct udd_sampler *sampler, const struct process *process, struct udd_seen_page *pages, size_t count, struct places *ret)
 {
 	size_t unseen = 0;
 
@@ -218,17 +225,17 @@ static int read_pages(struct udd_sampler *sampler, uint32_t pid, struct udd_seen
 		if (!frame)
 			return -EPERM; // the kernel shows frames to root only
 		if (seen)
-			r = places_add(ret, (struct place){.page = pages[i].page, .pid = pid, .digest = *seen, .frame = frame});
+			r = places_add(ret, (struct place){.page = pages[i].page, .pid = process->pid, .digest = *seen, .frame = frame});
 		else
 			pages[unseen++] = pages[i];
 		if (r)
 			return r;
 	}
-	unseen = udd_look_read(pid, pages, unseen, 0, UDD_PAGE_SIZE, sampler->buffer);
+	unseen = udd_look_read(process->memory, pages, unseen, sampler->buffer);
 	for (size_t i = 0; i < unseen; i++) {
 		struct place place = {
 			.page = pages[i].page,
-			.pid = pid,
+			.pid = process->pid,
 			.digest = digest(sampler->buffer + i * UDD_PAGE_SIZE),
 			.frame = pages[i].entry & UDD_ENTRY_FRAME,
 		};
@@ -242,15 +249,16 @@ static int read_pages(struct udd_sampler *sampler, uint32_t pid, struct udd_seen
 }
 
 // All present pages of a mapping.
-static int read_mapping(struct udd_sampler *sampler, uint32_t pid, int pagemap, uint64_t page, uint64_t end, struct places *ret)
+static int read_mapping(struct udd_sampler *sampler, const struct process *process, uint64_t page, uint64_t end,
+			struct places *ret)
 {
 	struct udd_seen_page pages[UDD_LOOK_BATCH];
 	struct udd_look look;
 
-	udd_look_init(&look, pagemap, page, end, 0);
+	udd_look_init(&look, process->pagemap, page, end, 0);
 	for (;;) {
 		int count = udd_look_next(&look, pages, UDD_LOOK_BATCH);
-		int r = count > 0 ? read_pages(sampler, pid, pages, count, ret) : count;
+		int r = count > 0 ? read_pages(sampler, process, pages, count, ret) : count;
 
 		if (r || !count)
 			return r;
@@ -269,7 +277,7 @@ static bool of_interest(const char *permissions, const char *path)
 	return permissions[1] == 'w' && (!*path || !strncmp(path, "[heap]", 6) || !strncmp(path, "[anon", 5));
 }
 
-static int read_mappings(struct udd_sampler *sampler, uint32_t pid, int pagemap, FILE *maps, struct places *ret)
+static int read_mappings(struct udd_sampler *sampler, const struct process *process, FILE *maps, struct places *ret)
 {
 	char *line = NULL;
 	size_t room = 0;
@@ -284,29 +292,41 @@ static int read_mappings(struct udd_sampler *sampler, uint32_t pid, int pagemap,
 			continue;
 		line[strcspn(line, "\n")] = 0;
 		if (of_interest(permissions, line + path))
-			r = read_mapping(sampler, pid, pagemap, start / UDD_PAGE_SIZE, end / UDD_PAGE_SIZE, ret);
+			r = read_mapping(sampler, process, start / UDD_PAGE_SIZE, end / UDD_PAGE_SIZE, ret);
 	}
 	free(line);
 	return r;
 }
 
+static bool refused(int descriptor)
+{
+	return descriptor == -EACCES || descriptor == -EPERM;
+}
+
 // A process that is gone has no pages.
 static int read_pid(struct udd_sampler *sampler, uint32_t pid, struct places *ret)
 {
-	int pagemap = udd_look_open(pid, "pagemap"), maps_fd = udd_look_open(pid, "maps");
+	struct process process = {
+		.pid = pid,
+		.memory = udd_look_open(pid, "mem"),
+		.pagemap = udd_look_open(pid, "pagemap"),
+	};
+	int maps_fd = udd_look_open(pid, "maps");
 	FILE *maps = maps_fd < 0 ? NULL : fdopen(maps_fd, "r");
 	int r = 0;
 
-	if (maps && pagemap >= 0)
-		r = read_mappings(sampler, pid, pagemap, maps, ret);
-	else if (pagemap == -EACCES || pagemap == -EPERM || maps_fd == -EACCES || maps_fd == -EPERM)
+	if (maps && process.memory >= 0 && process.pagemap >= 0)
+		r = read_mappings(sampler, &process, maps, ret);
+	else if (refused(process.memory) || refused(process.pagemap) || refused(maps_fd))
 		r = -EPERM;
 	if (maps)
 		fclose(maps);
 	else if (maps_fd >= 0)
 		close(maps_fd);
-	if (pagemap >= 0)
-		close(pagemap);
+	if (process.memory >= 0)
+		close(process.memory);
+	if (process.pagemap >= 0)
+		close(process.pagemap);
 	return r;
 }
 

@@ -117,10 +117,10 @@ async def _estimate(args: argparse.Namespace) -> "Estimate":
     # Progress is for people: what is printed is the same without a terminal.
     shown = sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
-        task = progress.add_task(f"memory of {len(pids)} processes", total=survey.expected())
+        task = progress.add_task("memory", total=survey.expected())
         await survey.look(args.jobs or len(os.sched_getaffinity(0)), lambda pages: progress.update(task, advance=pages))
         await trio.to_thread.run_sync(_know, survey, args, progress)
-        progress.add_task("comparing", total=None)
+        progress.add_task("comparison", total=None)
         return await trio.to_thread.run_sync(survey.judge)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 TOPICS = {
     "safety": "why no byte of a program can change, and what is shared with whom",
     "domains": "who shares with whom, and what can be learnt through timing",
+    "estimate": "what programs could share, and what the figures of an estimate mean",
     "tuning": "rates, hints, and where the CPU and the memory go",
     "qemu": "virtual machines, and disk images for them",
     "limits": "what is left alone, and what a wrapped program may notice",

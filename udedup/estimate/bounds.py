@@ -23,8 +23,8 @@ SINGLY: Final = 40
 GROWTH: Final = 1.1
 """Numbers of frames with one content that the programs are made for: each up to SINGLY, then in steps of so much."""
 
-FINE_SINGLY: Final = 400
-FINE_GROWTH: Final = 1.01
+FINE_SINGLY: Final = 200
+FINE_GROWTH: Final = 1.02
 """The same of those for which their results are checked."""
 
 BISECTIONS: Final = 60
@@ -42,6 +42,9 @@ class Sample:
 
     zero: int
     """Frames in the sample that are all zero."""
+
+    others: int
+    """The other frames in the sample."""
 
     seen: Sequence[int]
     """Number of other contents by how often they were found; the last: so often or more. The first has no meaning."""
@@ -65,88 +68,102 @@ class _Interval:
     high: float
 
 
+@attrs.frozen
+class _Multiplicity:
+    """What to expect of a content that so many frames have."""
+
+    frames: int
+    chances: list[float]
+    """Probability that it is found j times, by j; the last: so often or more."""
+
+
 def bound(sample: Sample) -> Bounds:
     """Takes some hundredths of a second."""
-    multiplicities = list(_multiplicities(sample.frames, SINGLY, GROWTH))
-    chances = [_chances(sample, frames) for frames in multiplicities]
+    if not sample.frames:
+        return Bounds(0.0, 0.0, [0.0] * len(sample.seen))
+    coarse = list(_multiplicities(sample, SINGLY, GROWTH))
+    fine = list(_multiplicities(sample, FINE_SINGLY, FINE_GROWTH))
     exponent = math.log(2 * len(sample.seen) / (1 - CONFIDENCE))
     while True:
         try:
-            return _bound(sample, multiplicities, chances, exponent)
+            return _bound(sample, coarse, fine, exponent)
         except InfeasibleError:
             # The sample is one of the few that are too far off.
             exponent *= 2
 
 
-def _bound(sample: Sample, multiplicities: list[int], chances: list[list[float]], exponent: float) -> Bounds:
+def _bound(sample: Sample, coarse: list[_Multiplicity], fine: list[_Multiplicity], exponent: float) -> Bounds:
     """As :func:`bound`, for means whose intervals are left with a probability of exp(-exponent) at either end.
 
-    The variables are the parts of the memory that belong to contents of so many frames, the last one is the part that
+    The variables are the parts of the memory that belong to contents of so many frames; the last one is the part that
     is zero.
     """
     mean = sample.part * sample.frames
     rows, limits = [], []
     for times in range(1, len(sample.seen)):
         found = _interval(sample.seen[times], exponent)
-        row = [each[times] / frames / sample.part for frames, each in zip(multiplicities, chances, strict=True)]
+        row = [each.chances[times] / each.frames / sample.part for each in coarse]
         rows += [[*row, 0.0], [-value for value in row] + [0.0]]
         limits += [found.high / mean, -found.low / mean]
     zero = _interval(sample.zero, exponent)
-    nothing = [0.0] * len(multiplicities)
+    nothing = [0.0] * len(coarse)
     rows += [[*nothing, 1.0], [*nothing, -1.0], [1.0] * (len(nothing) + 1), [-1.0] * (len(nothing) + 1)]
     limits += [min(zero.high / mean, 1.0), -min(zero.low / mean, 1.0), 1.0, -1.0]
-    kept = [*(1 / frames for frames in multiplicities), 0.0]
+    kept = [*(1 / each.frames for each in coarse), 0.0]
     saved = [1 - value for value in kept]
     least, most = minimize(saved, rows, limits), minimize(kept, rows, limits)
     middle = [(one + other) / 2 for one, other in zip(least.values, most.values, strict=True)]
+    # What is in the sample is certain.
+    contents = sum(sample.seen[1:])
     return Bounds(
-        _proven(sample, least.prices, limits, kept=False) * sample.frames,
-        (1 - _proven(sample, most.prices, limits, kept=True)) * sample.frames,
-        _shares(multiplicities, chances, middle, len(sample.seen)),
+        max(
+            _proven(sample, fine, least.prices, limits, kept=False) * sample.frames,
+            sample.zero + sample.others - contents,
+        ),
+        min((1 - _proven(sample, fine, most.prices, limits, kept=True)) * sample.frames, sample.frames - contents),
+        _shares(coarse, middle, len(sample.seen)),
     )
 
 
-def _proven(sample: Sample, prices: list[float], limits: list[float], *, kept: bool) -> float:
+def _proven(
+    sample: Sample, fine: list[_Multiplicity], prices: list[float], limits: list[float], *, kept: bool
+) -> float:
     """The least part of the memory that is kept, or saved, proved by the prices of a program's conditions.
 
     By weak duality that holds for any prices that are not negative: however they were found, and for numbers of
     frames that the program left out, too, as far as they are looked at here.
     """
-    pairs = [prices[index] - prices[index + 1] for index in range(0, len(prices), 2)]
-    *found, zero, _ = pairs
+    *found, zero, _ = (prices[index] - prices[index + 1] for index in range(0, len(prices), 2))
     # The conditions' last pair says that all parts are 1 in sum: what is proved of each part is proved of all.
     least = (0.0 if kept else 1.0) + zero
-    for frames in _multiplicities(sample.frames, FINE_SINGLY, FINE_GROWTH):
-        chances = _chances(sample, frames)
-        cost = 1 / frames if kept else 1 - 1 / frames
-        priced = sum(price * chance for price, chance in zip(found, chances[1:], strict=True))
-        least = min(least, cost + priced / frames / sample.part)
+    for each in fine:
+        cost = 1 / each.frames if kept else 1 - 1 / each.frames
+        priced = sum(price * chance for price, chance in zip(found, each.chances[1:], strict=True))
+        least = min(least, cost + priced / each.frames / sample.part)
     others = sum(price * limit for price, limit in zip(prices[:-2], limits[:-2], strict=True))
     return min(max(least - others, 0.0), 1.0)
 
 
-def _shares(multiplicities: list[int], chances: list[list[float]], parts: list[float], count: int) -> list[float]:
+def _shares(coarse: list[_Multiplicity], parts: list[float], count: int) -> list[float]:
     shares = [0.0]
     for times in range(1, count):
-        contents = [
-            part / frames * each[times] for part, frames, each in zip(parts, multiplicities, chances, strict=False)
-        ]
-        saved = [value * (1 - 1 / frames) for value, frames in zip(contents, multiplicities, strict=True)]
+        contents = [part / each.frames * each.chances[times] for part, each in zip(parts, coarse, strict=False)]
+        saved = [value * (1 - 1 / each.frames) for value, each in zip(contents, coarse, strict=True)]
         shares.append(sum(saved) / sum(contents) if sum(contents) > 0 else 1 - 1 / times)
     return shares
 
 
-def _multiplicities(frames: int, singly: int, growth: float) -> Iterator[int]:
-    """Numbers of frames that can have one content."""
+def _multiplicities(sample: Sample, singly: int, growth: float) -> Iterator[_Multiplicity]:
+    """Numbers of frames that can have one content, each up to ``singly`` and then in steps of ``growth``."""
     number = 1
-    while number < frames:
-        yield number
+    while number < sample.frames:
+        yield _Multiplicity(number, _chances(sample, number))
         number = number + 1 if number < singly else math.ceil(number * growth)
-    yield max(frames, 1)
+    yield _Multiplicity(sample.frames, _chances(sample, sample.frames))
 
 
 def _chances(sample: Sample, frames: int) -> list[float]:
-    """How probable it is that a content of so many frames is found j times, by j; the last: so often or more."""
+    """See :class:`_Multiplicity`."""
     inside, outside = math.log(sample.part), math.log1p(-sample.part)
     chances = [0.0] * len(sample.seen)
     for times in range(min(len(chances) - 1, frames + 1)):

@@ -115,7 +115,7 @@ class Estimate(msgspec.Struct, frozen=True):
     """By file or name of the mapping; most saved first."""
 
     images: dict[str, int]
-    """Images whose blocks were known, and how many of each were: holes are left out."""
+    """Images whose blocks were known, and how many of each were: those that are all zero are left out."""
 
     sample: float
     """Part of the memory that was to be read; 1: all of it."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +21,11 @@ STORE: Final = "/memfd:udedup-store"
 STORE_VIEW: Final = "udedup's view of its store"
 """Name of where agents and engines see it besides."""
 
-# Pages that belong to the kernel.
-_KERNELS: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"})
+# Pages that belong to the kernel, and devices: to read their memory may do something.
+_KERNELS: Final = ("[v", "/dev/", "/sys/", "/proc/", "anon_inode:")
+_MEMORY: Final = ("/dev/shm/", "/dev/zero", "/dev/hugepages/", "/dev/mqueue/")
+"""Of these, what is memory nevertheless."""
+
 _FIELDS: Final = 5
 """Words of a line of maps before the name."""
 
@@ -79,7 +82,11 @@ def mappings(pid: int) -> list[Mapping]:
     """
     with _explained():
         text = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="backslashreplace")
-    found = [mapping for mapping in _parse(text.split("\n")) if mapping.name not in _KERNELS]
+    found = [
+        mapping
+        for mapping in _parse(text.split("\n"))
+        if not mapping.name.startswith(_KERNELS) or mapping.name.startswith(_MEMORY)
+    ]
     return sorted(found, key=lambda mapping: mapping.name == STORE_VIEW)
 
 
@@ -103,12 +110,16 @@ def command(pid: int) -> str:
     )
 
 
-def open_pagemap(pid: int) -> int:
-    """A descriptor of its pagemap. Raises GoneError, or ForbiddenError also if its memory can't be read."""
-    with _explained():
-        # Who may see the map may not always see the content: Yama's ptrace_scope.
-        os.close(os.open(PROC / str(pid) / "mem", os.O_RDONLY | os.O_CLOEXEC))
-        return os.open(PROC / str(pid) / "pagemap", os.O_RDONLY | os.O_CLOEXEC)
+@contextmanager
+def opened(pid: int) -> Iterator[tuple[int, int]]:
+    """Descriptors of its memory and its pagemap. Raises GoneError or ForbiddenError."""
+    with ExitStack() as stack:
+        descriptors = []
+        for name in ("mem", "pagemap"):
+            with _explained():
+                descriptors.append(os.open(PROC / str(pid) / name, os.O_RDONLY | os.O_CLOEXEC))
+            stack.callback(os.close, descriptors[-1])
+        yield descriptors[0], descriptors[1]
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from contextlib import contextmanager
+from typing import Final
 
 import attrs
 import trio
@@ -14,7 +15,7 @@ from udedup.errors import UdedupError
 from udedup.estimate import processes
 from udedup.estimate.bounds import CONFIDENCE, Bounds, Sample, bound
 from udedup.estimate.figures import Estimate, Figures, Kinds, LeftOut, Process, add
-from udedup.estimate.processes import ForbiddenError, GoneError
+from udedup.estimate.processes import ForbiddenError, GoneError, Mapping
 
 PAGE: Final[int] = lib.UDD_PAGE_SIZE
 DIGEST_BYTES: Final = 16
@@ -27,7 +28,6 @@ JOB_RANGES: Final = 4096
 
 ENDED: Final = "has ended meanwhile"
 FORBIDDEN: Final = "its memory is not for this user to read (root may)"
-Found = TypeVar("Found")
 
 
 @attrs.frozen
@@ -105,7 +105,7 @@ class Survey:
         frames = raw["pages"] - raw["already"]
         # How many frames one that was to be read stands for.
         weight = frames / raw["sampled"] if raw["sampled"] else 1.0
-        bounds = self._bounds(list(contents.seen), raw, frames)
+        bounds = self._bounds(contents, raw, frames)
         saved = ffi.new("struct udd_saved *")
         _check(lib.udd_estimate_judge(self._native, self._shares(bounds, weight, raw, contents), weight, saved))
         kinds = Kinds(saved.anonymous, saved.file, saved.mixed)
@@ -116,7 +116,9 @@ class Survey:
     def _jobs(self) -> Iterator[_Job]:
         """Parts of all processes; looks at what each has mapped when it comes to it."""
         for number, pid in enumerate(self._pids):
-            found = self._unless_impossible(pid, lambda pid=pid: processes.mappings(pid))  # type: ignore[misc]
+            found: list[Mapping] = []
+            with self._excused(pid):
+                found = processes.mappings(pid)
             if not found:
                 continue
             subject = _Subject(pid, processes.command(pid), {})
@@ -141,33 +143,22 @@ class Survey:
     async def _work(self, reader: CData, jobs: Iterator[_Job], on_looked: Callable[[int], None]) -> None:
         """Does jobs until there are none; several at a time share ``jobs``."""
         for job in jobs:
-            pid = job.subject.pid
-            descriptor = self._unless_impossible(pid, lambda pid=pid: processes.open_pagemap(pid))  # type: ignore[misc]
-            if descriptor is None:
-                continue
             ranges = ffi.new("struct udd_mapped[]", job.ranges)
             position = ffi.new("struct udd_position *")
-            look = lib.udd_reader_look
-            try:
+            with self._excused(job.subject.pid), processes.opened(job.subject.pid) as descriptors:
                 while position.range < len(ranges):
-                    on_looked(
-                        _check(
-                            await trio.to_thread.run_sync(
-                                look, reader, pid, descriptor, ranges, len(ranges), PIECE_PAGES, position
-                            )
-                        )
-                    )
-            finally:
-                os.close(descriptor)
+                    arguments = (reader, *descriptors, ranges, len(ranges), PIECE_PAGES, position)
+                    on_looked(_check(await trio.to_thread.run_sync(lib.udd_reader_look, *arguments)))
 
-    def _unless_impossible(self, pid: int, find: Callable[[], Found]) -> Found | None:
+    @contextmanager
+    def _excused(self, pid: int) -> Iterator[None]:
+        """Ends a block where a process can't be looked at, and notes why."""
         try:
-            return find()
+            yield
         except GoneError:
             self._left_out.setdefault(pid, LeftOut(pid, self._command(pid), ENDED))
         except ForbiddenError:
             self._left_out.setdefault(pid, LeftOut(pid, self._command(pid), FORBIDDEN))
-        return None
 
     def _command(self, pid: int) -> str:
         """As it was when it was seen, if it was."""
@@ -186,13 +177,14 @@ class Survey:
         places = [lib.udd_estimate_place(self._native, number) for number in numbers]
         return {name: sum(getattr(place, name) for place in places) for name in names}
 
-    def _bounds(self, seen: list[int], raw: dict[str, int], frames: int) -> Bounds | None:
+    def _bounds(self, contents: CData, raw: dict[str, int], frames: int) -> Bounds | None:
         """None if all was to be read."""
         if self._part >= 1:
             return None
+        seen = list(contents.seen)
         # What can't be read can't be shared: as if there was nothing like it.
         seen[1] += raw["unreadable"]
-        return bound(Sample(self._part, frames, raw["zero"], seen))
+        return bound(Sample(self._part, frames, raw["zero"], raw["sampled"] - raw["zero"], seen))
 
     def _shares(self, bounds: Bounds | None, weight: float, raw: dict[str, int], contents: CData) -> list[float]:
         """See udd_estimate_judge: such that all that is saved is what is in the middle between the bounds."""

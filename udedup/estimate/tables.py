@@ -5,6 +5,7 @@ from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from udedup.commands.report import pairs, size, titled
 from udedup.estimate.figures import Estimate, Figures
@@ -78,19 +79,24 @@ def kinds(estimate: Estimate) -> Mapping[str, Mapping[str, float]]:
 def _processes(estimate: Estimate, rows: int) -> Table:
     shown = estimate.processes[:rows]
     table = _figures(f"processes: {len(shown)} of {len(estimate.processes)}", "pid", estimate)
-    table.add_column("command", no_wrap=True, overflow="ellipsis")
+    table.add_column("command")
     for process in shown:
-        table.add_row(str(process.pid), *cells(process.figures, estimate), process.command)
+        table.add_row(str(process.pid), *cells(process.figures, estimate), _cut(process.command))
     return table
 
 
 def _names(estimate: Estimate, rows: int) -> Table:
     shown = dict(list(estimate.names.items())[:rows])
     table = _figures(f"mappings by name: {len(shown)} of {len(estimate.names)}", None, estimate)
-    table.add_column("name", no_wrap=True, overflow="ellipsis")
+    table.add_column("name")
     for name, figures in shown.items():
-        table.add_row(*cells(figures, estimate), name)
+        table.add_row(*cells(figures, estimate), _cut(name))
     return table
+
+
+def _cut(text: str) -> Text:
+    """A text that gives way to the figures, in a column that says nothing of wrapping: those are made narrow first."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def columns(estimate: Estimate) -> list[str]:
