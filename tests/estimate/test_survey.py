@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from estimate.conftest import PAGE, Counts, Subject, look_closely, survey
+from support.engine import Engine
 from support.ledger import Ledger
 
 from udedup.errors import UdedupError
+from udedup.estimate import processes
 from udedup.estimate.figures import Estimate
 from udedup.record.kernel import ksm, ksm_counter
 
@@ -163,6 +165,26 @@ def test_what_ksm_has_merged_is_shared_already(start: Start) -> None:
         agree(estimate, look_closely(pids))
     assert estimate.total.already_ksm == 500
     assert estimate.total.between == apart.between - 500
+
+
+@pytest.mark.require("root", "userfaultfd-move")
+def test_what_udedup_has_merged_is_shared_already(engine: Engine) -> None:
+    """Its copy is one page frame, which counts once; agents' views of the store are nothing of the programs'."""
+    program = (
+        "import random, sys; held = random.Random(1).randbytes(1000 << 12); print(1, flush=True); sys.stdin.read()"
+    )
+    wrapped = [engine.wrap("/usr/bin/python3", "-c", program, stdin=-1, stdout=-1, text=True) for _ in range(3)]
+    pids = [each.pid for each in wrapped]
+    deadline = time.monotonic() + PATIENCE
+    while (estimate := survey(pids)).total.already_udedup < 1900 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for each in wrapped:
+        each.communicate()
+    store, view = estimate.names[processes.STORE], estimate.names[processes.STORE_VIEW]
+    assert store.already_udedup == estimate.total.already_udedup >= 1900
+    assert store.frames >= 900
+    assert view.already_udedup == 0
+    assert view.frames < store.frames
 
 
 def test_those_that_end_meanwhile(start: Start) -> None:

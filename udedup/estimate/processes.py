@@ -16,7 +16,7 @@ ANONYMOUS: Final = "anonymous"
 """Name of mappings that have none."""
 
 STORE: Final = "/memfd:udedup-store"
-"""Name of what udedup has merged."""
+"""What udedup has merged is called by names that begin so, a number for each segment; here it is all one."""
 
 STORE_VIEW: Final = "udedup's view of its store"
 """Name of where agents and engines see it besides."""
@@ -146,4 +146,6 @@ def _name(words: list[str]) -> str:
     if len(words) <= _FIELDS:
         return ANONYMOUS
     name = words[_FIELDS].removesuffix(" (deleted)")
-    return STORE_VIEW if name == STORE and words[1].endswith("s") else name
+    if name.startswith(STORE):
+        return STORE_VIEW if words[1].endswith("s") else STORE
+    return name
