@@ -466,7 +466,8 @@ size_t udd_sampler_latencies(const struct udd_sampler *sampler, const float **re
 // ---- estimate.c: what could be shared in any processes, seen from outside ----
 
 enum {
-	UDD_ESTIMATE_TIMES = 12, // contents that are seen as often as this or more are counted together
+	UDD_ESTIMATE_TIMES = 12,    // contents that are seen as often as this or more are counted together
+	UDD_ESTIMATE_READERS = 256, // at most
 };
 
 struct udd_estimate;

@@ -31,8 +31,6 @@ enum {
 	KEY_BYTES = 12,
 	KEY_PLACE = 8, // byte of the key that the place begins at
 
-	READERS_MAX = 256,
-
 	PLACES_CHUNK = 1024,
 	PLACES_CHUNKS = 1 << 18,
 
@@ -72,7 +70,7 @@ struct udd_reader {
 struct udd_estimate {
 	struct udd_place **chunks; // PLACES_CHUNK places each
 	uint64_t place_count;
-	struct udd_reader *readers[READERS_MAX];
+	struct udd_reader *readers[UDD_ESTIMATE_READERS];
 	size_t reader_count;
 	uint64_t **seen; // PIECES of the bitmap of frames
 	uint64_t seed;
@@ -277,7 +275,7 @@ void udd_estimate_destroy(struct udd_estimate *estimate)
 
 struct udd_reader *udd_reader_create(struct udd_estimate *estimate)
 {
-	struct udd_reader *reader = estimate->reader_count < READERS_MAX ? calloc(1, sizeof(*reader)) : NULL;
+	struct udd_reader *reader = estimate->reader_count < UDD_ESTIMATE_READERS ? calloc(1, sizeof(*reader)) : NULL;
 
 	if (!reader)
 		return NULL;
@@ -448,7 +446,7 @@ uint64_t udd_estimate_know(struct udd_estimate *estimate, const uint64_t *digest
 // Where a walk over all contents is.
 struct walk {
 	const struct udd_estimate *estimate;
-	size_t next[READERS_MAX]; // record of each log
+	size_t next[UDD_ESTIMATE_READERS]; // record of each log
 	struct log gathered;	  // those of a content that is in several logs
 };
 

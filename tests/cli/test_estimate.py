@@ -3,10 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -250,6 +251,32 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         done = udedup("estimate", "--html", tmp_path / "none" / "page.html", one)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "can't be written" in done.stderr
+
+
+def test_interrupted() -> None:
+    """Ctrl-C while it looks ends it without a word."""
+    with holding(pages=50 * PAGES) as one:
+        for _ in range(10):
+            command = [*UDEDUP, "estimate", str(one)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and f"/proc/{one}/pagemap" not in open_files(process.pid):
+                pass
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+            assert errors == ""
+            if process.returncode:
+                break
+        assert process.returncode == 130
+
+
+def open_files(pid: int) -> set[str]:
+    """What a process has open that may end, or close it, meanwhile."""
+    found = set()
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.add(str(link.readlink()))
+    return found
 
 
 def test_progress_is_for_terminals() -> None:

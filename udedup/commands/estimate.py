@@ -72,7 +72,13 @@ def run(args: argparse.Namespace) -> int:
         args.subparser.error("give either process ids, or --cgroup DIR, or --all")
     import trio
 
-    estimate = trio.run(_estimate, args)
+    try:
+        estimate = trio.run(_estimate, args)
+    except BaseExceptionGroup as group:
+        interrupts, others = group.split(KeyboardInterrupt)
+        if interrupts is None or others is not None:
+            raise
+        raise KeyboardInterrupt from None
     if args.html is not None:
         from udedup.errors import UdedupError
         from udedup.estimate.page import page

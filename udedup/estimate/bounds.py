@@ -157,20 +157,20 @@ def _multiplicities(sample: Sample, singly: int, growth: float) -> Iterator[_Mul
     """Numbers of frames that can have one content, each up to ``singly`` and then in steps of ``growth``."""
     number = 1
     while number < sample.frames:
-        yield _Multiplicity(number, _chances(sample, number))
+        yield _Multiplicity(number, chances(sample.part, number, len(sample.seen)))
         number = number + 1 if number < singly else math.ceil(number * growth)
-    yield _Multiplicity(sample.frames, _chances(sample, sample.frames))
+    yield _Multiplicity(sample.frames, chances(sample.part, sample.frames, len(sample.seen)))
 
 
-def _chances(sample: Sample, frames: int) -> list[float]:
-    """See :class:`_Multiplicity`."""
-    inside, outside = math.log(sample.part), math.log1p(-sample.part)
-    chances = [0.0] * len(sample.seen)
-    for times in range(min(len(chances) - 1, frames + 1)):
+def chances(part: float, frames: int, count: int) -> list[float]:
+    """How probable it is that a content of so many frames is found j times, by j below ``count``; the last: or more."""
+    inside, outside = math.log(part), math.log1p(-part)
+    found = [0.0] * count
+    for times in range(min(count - 1, frames + 1)):
         ways = math.lgamma(frames + 1) - math.lgamma(times + 1) - math.lgamma(frames - times + 1)
-        chances[times] = math.exp(ways + times * inside + (frames - times) * outside)
-    chances[-1] = max(1 - sum(chances), 0.0)
-    return chances
+        found[times] = math.exp(ways + times * inside + (frames - times) * outside)
+    found[-1] = max(1 - sum(found), 0.0)
+    return found
 
 
 def _interval(found: int, exponent: float) -> _Interval:

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterator, Mapping
 from html import escape
+from pathlib import Path
 from typing import Final
 
 from udedup.commands.report import size
 from udedup.estimate.figures import Estimate, Figures
 from udedup.estimate.tables import cells, columns, headline, kinds
 
+SHARED_STYLE: Final = Path(__file__).parent.parent / "record" / "page.css"
 STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .15em .6em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; max-width: 24em; overflow: hidden; text-overflow: ellipsis }
-svg { display: block }
+td:first-child { max-width: 30em; overflow: hidden; text-overflow: ellipsis }
+td svg, p svg { display: inline-block; vertical-align: middle }
+p svg { max-width: 100% }
+p span { margin-right: 1.5em; white-space: nowrap }
+p span svg { margin-right: .4em }
 .zero { fill: #4c9f70 } .within { fill: #3b7dd8 } .between { fill: #8e5bd0 } .rest { fill: #d9d9d9 }
-p svg { display: inline; vertical-align: -1px; margin-left: 1em }
 """
 
 WIDTH: Final = 260
@@ -42,10 +43,11 @@ def page(estimate: Estimate, rows: int) -> str:
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         # Whatever programs call themselves, the page loads nothing and runs nothing.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>",
+        f"<title>{title}</title><style>{SHARED_STYLE.read_text(encoding='utf-8')}{STYLE}</style></head>",
+        f"<body><h1>{title}</h1>",
         f"<p><strong>{escape(first)}</strong></p>",
         *(f"<p>{escape(line)}</p>" for line in others),
-        _bar(estimate.total, estimate.total.frames, 3 * WIDTH),
+        f"<p>{_bar(estimate.total, estimate.total.frames, 3 * WIDTH)}</p>",
         _legend(),
         "<h2>By kind</h2>",
         *(_kinds(title, values) for title, values in kinds(estimate).items()),
@@ -60,10 +62,11 @@ def page(estimate: Estimate, rows: int) -> str:
 
 def _legend() -> str:
     samples = (
-        f'<svg width="12" height="12" aria-hidden="true"><rect class="{name}" width="12" height="12"/></svg> {text}'
+        '<span><svg width="12" height="12" aria-hidden="true">'
+        f'<rect class="{name}" width="12" height="12"/></svg>{text}</span>'
         for name, text in PARTS.items()
     )
-    return f"<p>{' '.join(samples)}</p>"
+    return f"<p>{''.join(samples)}</p>"
 
 
 def _kinds(title: str, values: Mapping[str, float]) -> str:
@@ -72,7 +75,7 @@ def _kinds(title: str, values: Mapping[str, float]) -> str:
     for name, value in values.items():
         bar = _svg([("zero", value / whole)], WIDTH, name)
         lines.append(f"<tr><td>{escape(name)}</td><td>{size(round(value))}</td><td>{bar}</td></tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="table"><table>{"".join(lines)}</table></div>'
 
 
 def _table(rows: Mapping[str, Figures], estimate: Estimate) -> str:
@@ -82,7 +85,7 @@ def _table(rows: Mapping[str, Figures], estimate: Estimate) -> str:
     for name, figures in rows.items():
         found = "".join(f"<td>{cell}</td>" for cell in cells(figures, estimate))
         lines.append(f"<tr><td>{escape(name)}</td>{found}<td>{_bar(figures, most, WIDTH)}</td></tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="table"><table>{"".join(lines)}</table></div>'
 
 
 def _bar(figures: Figures, most: int, width: int) -> str:

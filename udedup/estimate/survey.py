@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import attrs
@@ -22,7 +23,7 @@ DIGEST_BYTES: Final = 16
 PIECE_PAGES: Final = 16384
 """Looked at in one go: a twentieth of a second."""
 
-JOB_PAGES: Final = 1 << 18
+JOB_PAGES: Final = 1 << 20
 JOB_RANGES: Final = 4096
 """Addresses that one thread goes over before it takes others, and how many mappings at most."""
 
@@ -73,16 +74,21 @@ class Survey:
         ``on_looked`` is told, again and again, how many pages more it has gone over. Raises UdedupError if the kernel
         can't tell what is in memory.
         """
-        readers = [lib.udd_reader_create(self._native) for _ in range(threads)]
+        count = min(threads, lib.UDD_ESTIMATE_READERS)
+        readers = [lib.udd_reader_create(self._native) for _ in range(count)]
         if ffi.NULL in readers:
             raise MemoryError
         jobs = self._jobs()
+        limiter = trio.CapacityLimiter(count)
+        errors: list[int] = []
         async with trio.open_nursery() as nursery:
             for reader in readers:
-                nursery.start_soon(self._work, reader, jobs, on_looked)
+                nursery.start_soon(self._work, reader, jobs, limiter, on_looked, errors)
+        for error in errors:
+            _check(error)
         async with trio.open_nursery() as nursery:
             for reader in readers:
-                nursery.start_soon(trio.to_thread.run_sync, lib.udd_reader_sort, reader)
+                nursery.start_soon(partial(trio.to_thread.run_sync, lib.udd_reader_sort, reader, limiter=limiter))
 
     def know(self, image: str, digests: bytes) -> None:
         """Makes blocks of an image known, after the look. ``digests``: 16 bytes for each, zero for those that aren't.
@@ -140,15 +146,26 @@ class Survey:
             if ranges:
                 yield _Job(subject, ranges)
 
-    async def _work(self, reader: CData, jobs: Iterator[_Job], on_looked: Callable[[int], None]) -> None:
-        """Does jobs until there are none; several at a time share ``jobs``."""
+    async def _work(
+        self,
+        reader: CData,
+        jobs: Iterator[_Job],
+        limiter: trio.CapacityLimiter,
+        on_looked: Callable[[int], None],
+        errors: list[int],
+    ) -> None:
+        """Does jobs until there are none; several at a time share ``jobs``. A negative errno in ``errors`` ends it."""
         for job in jobs:
             ranges = ffi.new("struct udd_mapped[]", job.ranges)
             position = ffi.new("struct udd_position *")
             with self._excused(job.subject.pid), processes.opened(job.subject.pid) as descriptors:
+                arguments = (reader, *descriptors, ranges, len(ranges), PIECE_PAGES, position)
                 while position.range < len(ranges):
-                    arguments = (reader, *descriptors, ranges, len(ranges), PIECE_PAGES, position)
-                    on_looked(_check(await trio.to_thread.run_sync(lib.udd_reader_look, *arguments)))
+                    looked = await trio.to_thread.run_sync(lib.udd_reader_look, *arguments, limiter=limiter)
+                    if looked < 0:
+                        errors.append(looked)
+                        return
+                    on_looked(looked)
 
     @contextmanager
     def _excused(self, pid: int) -> Iterator[None]:
