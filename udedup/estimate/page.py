@@ -14,7 +14,7 @@ STYLE: Final = """
 td:first-child { max-width: 30em; overflow: hidden; text-overflow: ellipsis }
 td svg, p svg { display: inline-block; vertical-align: middle }
 p svg { max-width: 100% }
-p span { margin-right: 1.5em; white-space: nowrap }
+p span { display: inline-block; margin-right: 1.5em }
 p span svg { margin-right: .4em }
 .zero { fill: #4c9f70 } .within { fill: #3b7dd8 } .between { fill: #8e5bd0 } .rest { fill: #d9d9d9 }
 """
@@ -66,7 +66,7 @@ def _legend() -> str:
         f'<rect class="{name}" width="12" height="12"/></svg>{text}</span>'
         for name, text in PARTS.items()
     )
-    return f"<p>{''.join(samples)}</p>"
+    return f"<p>{' '.join(samples)}</p>"
 
 
 def _kinds(title: str, values: Mapping[str, float]) -> str:
