@@ -281,7 +281,7 @@ def test_a_real_engine(engine: Engine) -> None:
             top.until(lambda screen: "active" in screen[9], "resumed")
             top.send("uy")
             top.until(lambda screen: "unmerged on request" in screen[9], "unmerged")
-            assert engine.status()["agents"][0]["pages_sharing"] == 0
+            engine.wait_until("private again", lambda status: status["agents"][0]["pages_sharing"] == 0)
             top.send("q")
             assert top.end() == 0
         done = engine.command("top", "--once", "--interval", INTERVAL)
