@@ -1,6 +1,7 @@
 """A real agent and an engine that lies, talks nonsense or goes away: memory stays right whatever it says."""
 
 import fcntl
+import itertools
 import os
 import struct
 import subprocess
@@ -462,6 +463,21 @@ def test_engine_that_is_gone_before_the_answer(fake: FakeEngine, puppet: Puppet)
     fake.accept()
     assert puppet.is_right()
     assert fake.scan()
+
+
+def test_engine_that_turns_it_away_is_asked_less_and_less_often(fake: FakeEngine, puppet: Puppet) -> None:
+    """A tenth of a second to the second try, and twice as long to each further one; joining begins anew."""
+    for _ in range(2):
+        fake.hang_up()
+        times = []
+        for _ in range(3):
+            fake.take_hello()
+            times.append(time.monotonic())
+            fake.hang_up()
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert all(gap > 0.9 * wanted for gap, wanted in zip(gaps, (0.2, 0.4), strict=True)), gaps
+        fake.accept()
+    assert puppet.is_right()
 
 
 def test_descriptors_nobody_asked_for_are_not_kept(fake: FakeEngine, puppet: Puppet) -> None:

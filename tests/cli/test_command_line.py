@@ -69,6 +69,9 @@ def test_tables_come_as_json_too(name: str) -> None:
         ("engine", "--allow-domain", "label"),
         ("engine", "--allow-domain", "1000:"),
         ("engine", "--image", "/disk"),
+        ("engine", "--metrics", "0.0.0.0:9105"),
+        ("engine", "--metrics", "127.0.0.1"),
+        ("engine", "--metrics-group", "no such group"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_starts_nothing(argv: tuple[str, ...]) -> None:

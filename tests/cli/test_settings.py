@@ -173,6 +173,7 @@ OTHER = {
     "image-format": "raw",
     "log-format": "json",
     "log-level": "debug",
+    "metrics-group": "0",
     "policy": "eager",
     "pressure": "off",
     "shared-domain": "web",

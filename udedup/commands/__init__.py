@@ -9,6 +9,7 @@ from typing import Protocol
 
 from udedup.commands import (
     clone,
+    comparison,
     completion,
     config,
     doctor,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "top": top,
     "pause": pause,
     "unmerge": unmerge,
+    "report": comparison,
     "doctor": doctor,
     "config": config,
     "completion": completion,

@@ -17,6 +17,7 @@ from udedup.commands.options import (
     add_agent_options,
     add_backing_option,
     add_image_options,
+    add_metrics_options,
     add_state_option,
     allowed_domain,
     count,
@@ -176,6 +177,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="raise vm.max_map_count to N while the engine runs: each run of shared pages is a mapping (root only)",
     )
+    add_metrics_options(parser)
     parser.add_argument(
         "--log-level",
         choices=("error", "warning", "info", "debug"),

@@ -21,6 +21,7 @@ from udedup.engine.accounting import (
     MemoryStatus,
     MergeStatus,
     PressureStatus,
+    RefusedStatus,
     Status,
     StoreStatus,
 )
@@ -170,7 +171,10 @@ def status(
             entered=counters.blocks.entered,
             differing=counters.blocks.differing,
         ),
-        agents_total=AgentsStatus(joined=counters.agents_joined, dropped=counters.agents_dropped),
+        agents_total=AgentsStatus(
+            joined=counters.agents_joined, dropped=counters.agents_dropped, silent=counters.agents_silent
+        ),
+        refused=RefusedStatus(connections=counters.connections_refused, requests=counters.requests_refused),
         pressure=_pressure_status(pressure),
         kernel=None
         if kernel is None

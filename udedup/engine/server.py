@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,11 +59,13 @@ from udedup.engine.wire import (
     AgentError,
     Hello,
     OtherVersionError,
+    SilentError,
     parse_hello,
     refusal,
     welcome,
 )
 from udedup.errors import UdedupError
+from udedup.extras import needing
 
 if TYPE_CHECKING:
     from udedup.engine.cloning import Cloning
@@ -185,6 +187,7 @@ class Engine:
                 if self._guests.comes(peer.uid):
                     nursery.start_soon(self._serve, sock, peer)
                 else:
+                    self.counters.connections_refused += 1
                     sock.close()
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -196,7 +199,7 @@ class Engine:
             # Not earlier: who is refused before it said hello can't read why.
             self._guests.check_room(peer.uid)
             if packet.startswith(b"{"):
-                await Client(sock, peer, self._perform).serve(packet)
+                await Client(sock, peer, self._perform, self.counters).serve(packet)
             elif packet:
                 hello = parse_hello(packet)
                 if not await self._guests.turn(peer.uid, JOIN_SECONDS):
@@ -228,6 +231,7 @@ class Engine:
                 sock.close()
 
     def _refuse(self, sock: socket.socket, reason: str) -> None:
+        self.counters.connections_refused += 1
         try:
             send(sock, refusal(lib.UDD_REFUSED, reason), [])
         except OSError as error:
@@ -251,6 +255,7 @@ class Engine:
         except AgentError as error:
             farewell = str(error)
             self.counters.agents_dropped += 1
+            self.counters.agents_silent += isinstance(error, SilentError)
             log.log(self._guests.heard_of(peer.uid), "%s dropped: %s", agent, error)
         finally:
             if farewell is not None:
@@ -604,6 +609,7 @@ async def run_engine(
     _allow_descriptors()
     with (
         _listener(config) as listener,
+        _metrics_socket(config) as metrics_socket,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
         psi.PressureFiles(engine.pressure_files, period=PERIOD) as pressure,
@@ -635,6 +641,10 @@ async def run_engine(
                 watch = PressureWatch(pressure, caches, engine.pressure, part_left=config.part_left)
                 nursery.start_soon(watch.run)
             nursery.start_soon(engine.accept, listener)
+            if metrics_socket is not None:
+                from udedup.engine.metrics import endpoint
+
+                nursery.start_soon(endpoint(engine).serve, metrics_socket)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)
             if reloads is not None:
@@ -649,6 +659,15 @@ def _listener(config: EngineConfig) -> AbstractContextManager[socket.socket]:
     if config.service.listener is not None:
         return config.service.listening()
     return listening(config.socket, config.socket_mode, config.socket_group)
+
+
+def _metrics_socket(config: EngineConfig) -> AbstractContextManager[socket.socket | None]:
+    """Where to answer for metrics. Raises UdedupError."""
+    if config.metrics is None:
+        return nullcontext()
+    with needing("metrics", "--metrics"):
+        from udedup.engine.metrics import metrics_socket
+    return metrics_socket(config.metrics, config.metrics_group)
 
 
 def _pace(config: EngineConfig, pressure: PressureState) -> Pace:
