@@ -2,7 +2,7 @@
 """What the workers of a server share that load the same data, each for itself.
 
 Eight workers, started anew ("spawn", as uvicorn does) or by fork ("fork", as gunicorn does, and multiprocessing unless
-told otherwise), each load one array with numpy.load(), or unpickle as much in small Python objects. Memory is the sum
+told otherwise), each load one array with numpy.load(), or unpickle many small Python objects. Memory is the sum
 of Pss over server, workers and engine. Once nothing more merges, each worker's data is compared with what was written.
 """
 
