@@ -18,9 +18,18 @@ class LeadTimes:
     def __init__(self) -> None:
         self.histogram = ffi.new("uint64_t[]", lib.UDD_LEAD_BUCKETS)
 
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return sum(self.histogram)
+
+    def below(self, exponent: int) -> int:
+        """How many were shorter than 2 to the power of ``exponent`` ns; at least 2."""
+        return sum(self.histogram[0 : 4 * exponent])
+
     def percentile(self, fraction: float) -> float | None:
         """Upper end, s, of the bucket that the given part of all merges lies at or below; None if there were none."""
-        total = sum(self.histogram)
+        total = self.total
         if not total:
             return None
         seen = 0
@@ -337,6 +346,8 @@ class LimitStatus(msgspec.Struct, frozen=True):
     """Of one processor, for engine and agents together; None: no limit."""
     hint_slots: int
     """Pages on the hint stack."""
+    vmas: int
+    """Mappings of one process, from which on nothing more is merged in it."""
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -73,6 +73,7 @@ def status(
     counters: Counters,
     uptime: float,
     pages_to_scan: int,
+    vma_limit: int,
     hints: HintStack,
     everything: bool,
     pressure: PressureState | None,
@@ -81,11 +82,13 @@ def status(
     images: list[ImageStatus],
     own: OwnSmaps,
     kernel: KernelView | None,
+    exact: bool,
 ) -> Status:
     """Everything about these agents and domains.
 
-    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``everything``: the asker may know what the
-    hint stack holds of all; ``pressure``: None if it isn't watched.
+    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``vma_limit``: of each process; ``everything``:
+    the asker may know what the hint stack holds of all; ``pressure``: None if it isn't watched; ``exact``: see
+    Agent.memory_bytes().
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -97,7 +100,7 @@ def status(
     engine = own.look() if kernel is None else kernel.engine
     memory = MemoryStatus(
         engine=engine.pss - engine.store_pss,
-        agents=sum(agent.area.stats.memory_bytes + agent.area.resident_bytes for agent in agents),
+        agents=sum(agent.memory_bytes(exact=exact) for agent in agents),
         managed=sum(agent.area.stats.managed_pages for agent in agents) * PAGE,
     )
     lead = counters.lead_times
@@ -119,6 +122,7 @@ def status(
             sleep_millisecs=config.sleep_millisecs,
             cpu_percent=None if config.advisor is None else config.advisor.max_cpu,
             hint_slots=config.hint_slots,
+            vmas=vma_limit,
         ),
         zero_pages=zero,
         bytes_saved=saved,
