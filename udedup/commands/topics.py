@@ -10,6 +10,7 @@ from pathlib import Path
 TOPICS = {
     "safety": "why no byte of a program can change, and what is shared with whom",
     "domains": "who shares with whom, and what can be learnt through timing",
+    "estimate": "what programs could share, and what the figures of an estimate mean",
     "tuning": "rates, hints, and where the CPU and the memory go",
     "qemu": "virtual machines, and disk images for them",
     "metrics": "Prometheus and Grafana: what there is to see, where, and for whom",
