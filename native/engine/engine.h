@@ -546,4 +546,58 @@ int udd_estimate_count(const struct udd_estimate *estimate, struct udd_contents 
 // frame whose content was found so often, by how often, less than UDD_ESTIMATE_TIMES times. -ENOMEM.
 int udd_estimate_judge(struct udd_estimate *estimate, const double *shares, double weight, struct udd_saved *ret);
 
+// ---- attach.c: a program that runs already ----
+
+// Code of a program, by its addresses: [start, end).
+struct udd_code {
+	uint64_t start;
+	uint64_t end;
+};
+
+// What has to be known of a program before a function can be called in it.
+struct udd_program {
+	int32_t pid;
+	uint32_t tid_offset;    // bytes from a thread's pointer to where libc keeps its number
+	int64_t errno_offset;   // likewise to errno
+	uint64_t restorer;      // address of code that calls rt_sigreturn()
+	uint64_t stack_start;   // where the first thread's stack begins, from above
+	uint64_t stack_limit;   // how large that may become, bytes
+	uint32_t filtered;      // 1: its system calls go through a seccomp filter
+	uint32_t calm_count;
+	uint32_t barred_count;
+	uint32_t waiting_count;
+	const struct udd_code *calm;    // a running thread can be used here: no lock that dlopen() takes can be held
+	const struct udd_code *barred;  // not even one that waits can be used here
+	const struct udd_code *waiting; // libc's functions that do nothing but wait
+};
+
+// How it went.
+struct udd_attach_outcome {
+	uint64_t held_ns;      // how long threads were held: one, for a call; all, for a change. The longest time, if tried again
+	uint32_t threads;      // how many
+	int32_t signal;        // a call ended by this signal; 0: it did not
+	int32_t failed_call;   // the last system call that failed in it, and its errno; 0: none
+	int32_t failed_errno;
+};
+
+// A word of the program's code or data that is to be changed.
+struct udd_attach_word {
+	uint64_t address;
+	uint64_t before;
+	uint64_t after;
+};
+
+// Calls function(address of a copy of `data`, second) in a thread of the program, within `patience_ms`; the others run on.
+// -EAGAIN: no thread was at a place where that can be done. -EINTR: the call was ended by a signal. -ETIMEDOUT: it takes too
+// long, and will end by itself. -ESRCH: the program has ended.
+int udd_attach_call(const struct udd_program *program, uint64_t function, const void *data, size_t bytes, uint64_t second,
+		    uint32_t patience_ms, struct udd_attach_outcome *ret);
+// The `index`th of a thread's seccomp filters, newest first, as its instructions (struct sock_filter). How many those are, or
+// -ENOENT: there is no such filter; -EACCES, -EPERM: that is not for us to know; -EBUSY; -ESRCH.
+int udd_attach_filter(int tid, uint32_t index, uint64_t *ret, size_t room);
+// Changes all of `words` while no thread runs, and none is in `barred` code. -EAGAIN: there was always one within `patience_ms`.
+// -ESTALE: some of them are not what they should be before, and none was changed. -ESRCH: the program has ended.
+int udd_attach_change(int pid, const struct udd_code *barred, size_t barred_count, const struct udd_attach_word *words, size_t count,
+		      uint32_t patience_ms, struct udd_attach_outcome *ret);
+
 #endif

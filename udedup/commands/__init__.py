@@ -8,11 +8,13 @@ import argparse
 from typing import Protocol
 
 from udedup.commands import (
+    attach,
     clone,
     comparison,
     completion,
     config,
     dashboard,
+    detach,
     doctor,
     engine,
     estimate,
@@ -48,6 +50,8 @@ COMMANDS: dict[str, Command] = {
     "clone": clone,
     "index": index,
     "estimate": estimate,
+    "attach": attach,
+    "detach": detach,
     "status": status,
     "top": top,
     "pause": pause,
