@@ -20,6 +20,8 @@ def declarations(header: Path) -> str:
 ffi = FFI()
 ffi.cdef(declarations(NATIVE / "common" / "wire.h"))
 ffi.cdef(declarations(NATIVE / "engine" / "engine.h"))
+# What C calls, and Python is: see engine/fallocate.c.
+ffi.cdef('extern "Python+C" void udd_fallocate_asked(struct udd_fallocate *);')
 ffi.set_source(
     "udedup._native",
     '#include "engine/engine.h"',

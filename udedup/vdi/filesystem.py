@@ -24,6 +24,8 @@ import trio
 
 from udedup._native import ffi  # type: ignore[import-not-found, unused-ignore]
 from udedup.errors import UdedupError
+from udedup.fallocate import KEEP_SIZE
+from udedup.vdi import holes
 from udedup.vdi import mountpoint as mountpoints
 from udedup.vdi.clone import Clone
 from udedup.vdi.digests import BLOCK_BYTES
@@ -252,6 +254,16 @@ class ImageFilesystem(FixedDirectory):
             await clone.write(off, data, self._limiter)
         return len(data)
 
+    async def fallocate(self, fh: int, mode: int, off: int, length: int) -> None:
+        """Makes a stretch of a clone zero and gives its room back: a guest's discards and write-zeroes."""
+        clone = self._clone(self.handles[fh].image)
+        if mode not in holes.WAYS:
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        if off + length > clone.size and not mode & KEEP_SIZE:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        with answering(clone):
+            await clone.zero(off, min(off + length, clone.size) - off, self._limiter)
+
     async def fsync(self, fh: int, datasync: bool) -> None:
         image = self.handles[fh].image
         if isinstance(image, Clone):
@@ -421,6 +433,7 @@ def session(directory: Path, filesystem: ImageFilesystem, *, allow_other: bool) 
         raise UdedupError(f"mount point {directory}: this process has a mount already, and pyfuse3 allows one")
     options = {"default_permissions", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
     before = fuse_descriptors()
+    holes.prepare()
     try:
         pyfuse3.init(filesystem, str(directory), options | {"allow_other"} if allow_other else options)
     except RuntimeError as error:
@@ -488,6 +501,7 @@ async def serve_session(
             nursery.start_soon(filesystem.watch)
             nursery.start_soon(filesystem.settle)
             nursery.start_soon(filesystem.notice)
+            holes.attach(nursery, filesystem.fallocate)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
             nursery.start_soon(filesystem.tidier.run, directory)
