@@ -433,24 +433,16 @@ int udd_request_wait(int device, int loop, uint64_t spin_ns);
 // had. -EAGAIN: they are not all there; other errors as preadv2's.
 int udd_read_digested(int file, uint64_t position, int flags, char *buffer, size_t size, uint64_t *digests, uint64_t offset);
 
-// ---- fallocate.c: the request that pyfuse3 has no handler for ----
+// ---- session.c: requests to the mount that we answer ourselves ----
 
-// A fallocate(2) on a file of the mount.
-struct udd_fallocate {
-	void *request;   // for udd_fallocate_answer(), once
-	uint64_t file;   // what its open() was answered with
-	int mode;        // as fallocate(2)'s
-	uint64_t offset; // bytes
-	uint64_t length; // bytes
-};
-
-// Has sessions that the shared object called `name` makes from now on tell udd_fallocate_asked(), which is Python's, of these
-// requests. -ENOENT: nothing of that name is loaded, -ENOSYS: it makes none, or not in a way that we know.
-int udd_fallocate_prepare(const char *name);
+// Has the session that the shared object called `name` makes next tell udd_read_asked() and udd_fallocate_asked(), which are Python's, of
+// these requests. -ENOENT: nothing of that name is loaded, -ENOSYS: it makes none, or not in a way that we know.
+int udd_session_prepare(const char *name);
 // Whether the one that was made since does.
-int udd_fallocate_handled(void);
-// `error`: positive, or 0. A negative errno if nobody wants to know any more.
-int udd_fallocate_answer(void *request, int error);
+int udd_session_ours(void);
+// Each request is answered once: with bytes, or with an error (positive; 0: it is done). A negative errno if nobody wants to know any more.
+int udd_request_reply(void *request, const char *data, size_t size);
+int udd_request_fail(void *request, int error);
 
 // ---- sample.c: what has really been merged, seen from outside ----
 

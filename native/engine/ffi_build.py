@@ -20,8 +20,13 @@ def declarations(header: Path) -> str:
 ffi = FFI()
 ffi.cdef(declarations(NATIVE / "common" / "wire.h"))
 ffi.cdef(declarations(NATIVE / "engine" / "engine.h"))
-# What C calls, and Python is: see engine/fallocate.c.
-ffi.cdef('extern "Python+C" void udd_fallocate_asked(struct udd_fallocate *);')
+# What C calls, and Python is: see engine/session.c.
+ffi.cdef("""
+extern "Python+C" {
+    void udd_read_asked(void *request, uint64_t file, uint64_t offset, uint64_t size);
+    void udd_fallocate_asked(void *request, uint64_t file, int mode, uint64_t offset, uint64_t length);
+}
+""")
 ffi.set_source(
     "udedup._native",
     '#include "engine/engine.h"',
