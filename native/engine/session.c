@@ -12,9 +12,9 @@
 // more, and gives pyfuse3 what is none.
 #include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <link.h>
 #include <linux/fuse.h>
-#include <poll.h>
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -45,7 +45,8 @@ static struct {
 	session_fd *descriptor;
 	reply_err *fail;
 	reply_buf *reply;
-	bool ours; // the session that was made last has our handlers
+	bool ours;  // the session that was made last has our handlers
+	bool waits; // its device does when there is no request
 } libfuse;
 
 // The slots of an object by which it calls others, and what of it the linker has made read-only since.
@@ -78,6 +79,7 @@ static struct fuse_session *make_session(struct fuse_args *args, const struct fu
 	struct fuse_lowlevel_ops changed = {0};
 
 	libfuse.ours = size >= offsetof(struct fuse_lowlevel_ops, fallocate) + sizeof(changed.fallocate) && size <= sizeof(changed);
+	libfuse.waits = true;
 	if (!libfuse.ours)
 		return libfuse.make(args, handlers, size, data);
 	memcpy(&changed, handlers, size);
@@ -101,19 +103,30 @@ static int64_t now_ns(void)
 	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
+// Has the device tell when there is nothing, instead of waiting: to ask costs a system call more for each request.
+static void open_up(struct fuse_session *session)
+{
+	int device = libfuse.descriptor(session), flags = fcntl(device, F_GETFL);
+
+	libfuse.waits = flags < 0 || fcntl(device, F_SETFL, flags | O_NONBLOCK) < 0;
+}
+
 // As libfuse's. -EINTR, on which pyfuse3 looks for the next request, when there is none left that is not answered.
 static int receive(struct fuse_session *session, struct fuse_buf *buffer)
 {
-	struct pollfd device = {.fd = libfuse.descriptor(session), .events = POLLIN};
 	int64_t end = now_ns() + HOLD_NS;
 
+	if (libfuse.waits)
+		open_up(session);
 	do {
 		int received = libfuse.receive(session, buffer);
 
+		if (received == -EAGAIN)
+			return -EINTR;
 		if (!libfuse.ours || !is_read(buffer, received))
 			return received;
 		libfuse.process(session, buffer);
-	} while (now_ns() < end && poll(&device, 1, 0) == 1);
+	} while (!libfuse.waits && now_ns() < end);
 	return -EINTR;
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support.engine import UDEDUP, Engine, udedup
+from support.fio import verify
 from support.ledger import Ledger
 from support.tmpfs import mount_tmpfs
 from support.users import as_nobody, open_way
@@ -459,18 +460,7 @@ def test_fio_verifies(engine: Engine, base: Path, *, direct: bool) -> None:
     path = clone(engine, base, "vm1")
     for pattern in ("write", "randwrite", "randrw"):
         for depth in (1, 8, 32):
-            job = ["fio", "--name=verify", f"--filename={path}", "--ioengine=libaio", "--bs=4k", f"--size={SIZE}"]
-            job += [f"--rw={pattern}", f"--iodepth={depth}", f"--direct={int(direct)}", "--allow_file_create=0"]
-            job += [
-                "--verify=crc32c",
-                "--verify_fatal=1",
-                "--verify_state_save=0",
-                "--do_verify=1",
-                f"--randseed={depth}",
-                "--output-format=terse",
-            ]
-            done = subprocess.run(job, capture_output=True, text=True, check=False, timeout=60)
-            assert done.returncode == 0, f"{pattern} {depth}: {done.stdout}\n{done.stderr}"
+            verify(path, SIZE, pattern=pattern, depth=depth, direct=direct)
     overlay, content = Path(listed(engine)["vm1"]["overlay"]), path.read_bytes()
     assert engine.command("umount", path).returncode == 0
     assert converted(overlay) == content
