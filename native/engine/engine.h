@@ -433,6 +433,44 @@ int udd_request_wait(int device, int loop, uint64_t spin_ns);
 // had. -EAGAIN: they are not all there; other errors as preadv2's.
 int udd_read_digested(int file, uint64_t position, int flags, char *buffer, size_t size, uint64_t *digests, uint64_t offset);
 
+// ---- express.c: reads of the mount that need no Python ----
+
+enum {
+	// Reads of which Python is told at once.
+	UDD_EXPRESS_BATCH = 64,
+};
+
+// How an image is read.
+struct udd_express_image {
+	int file;                // its bytes are in
+	int flags;               // of preadv2(2) with which that needs no disk; negative: it can't be told
+	uint64_t size;           // of the disk, bytes
+	const uint64_t *digests; // as udd_read_digested()'s
+	const uint64_t *map;     // by cluster: where in the file it begins, in bytes, + 1; 0: not known. NULL: the file is the disk
+	uint32_t cluster_bits;
+};
+
+// A read that was answered.
+struct udd_express_done {
+	uint64_t file;
+	uint64_t offset; // bytes, in the image
+	uint64_t size;   // bytes
+	uint64_t epoch;  // of the image's watch; 0: the store had no part in it
+};
+
+// For a new mount. `room`: of `size` bytes, for what is read.
+void udd_express_begin(char *room, size_t size);
+// Has reads of an open file answered from now on: from `shelf`, or if that is NULL from the image's file.
+void udd_express_enter(uint64_t file, const struct udd_express_image *image, struct udd_shelf *shelf, struct udd_watch *watch);
+void udd_express_leave(uint64_t file);
+void udd_express_leave_all(void);
+// NULL: Python has to answer. `size`: of the read; it ends with the disk. Valid until the next one.
+const char *udd_express_read(uint64_t file, uint64_t offset, size_t *size);
+// How many were answered since udd_express_take(): once there are UDD_EXPRESS_BATCH there are no more.
+uint32_t udd_express_answered(void);
+// Takes what was answered since the last time; returns how many, at most UDD_EXPRESS_BATCH.
+uint32_t udd_express_take(struct udd_express_done *ret);
+
 // ---- session.c: requests to the mount that we answer ourselves ----
 
 // Has the session that the shared object called `name` makes next tell udd_read_asked() and udd_fallocate_asked(), which are Python's, of

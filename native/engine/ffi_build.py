@@ -25,6 +25,7 @@ ffi.cdef("""
 extern "Python+C" {
     void udd_read_asked(void *request, uint64_t file, uint64_t offset, uint64_t size);
     void udd_fallocate_asked(void *request, uint64_t file, int mode, uint64_t offset, uint64_t length);
+    void udd_reads_done(void);
 }
 """)
 ffi.set_source(

@@ -61,11 +61,19 @@ struct object {
 // Python's: see udedup/vdi/requests.py.
 void udd_read_asked(void *request, uint64_t file, uint64_t offset, uint64_t size);
 void udd_fallocate_asked(void *request, uint64_t file, int mode, uint64_t offset, uint64_t length);
+void udd_reads_done(void);
 
 static void handle_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t offset, struct fuse_file_info *file)
 {
+	size_t length = size;
+	const char *data = udd_express_read(file->fh, (uint64_t)offset, &length);
+
 	(void)inode;
-	udd_read_asked(request, file->fh, (uint64_t)offset, size);
+	// Who was interrupted needs no answer, and nothing else can be wrong with one.
+	if (data)
+		libfuse.reply(request, data, length);
+	else
+		udd_read_asked(request, file->fh, (uint64_t)offset, size);
 }
 
 static void handle_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length, struct fuse_file_info *file)
@@ -111,23 +119,32 @@ static void open_up(struct fuse_session *session)
 	libfuse.waits = flags < 0 || fcntl(device, F_SETFL, flags | O_NONBLOCK) < 0;
 }
 
-// As libfuse's. -EINTR, on which pyfuse3 looks for the next request, when there is none left that is not answered.
-static int receive(struct fuse_session *session, struct fuse_buf *buffer)
+// Answers reads for as long as there are any; returns what else was received, as libfuse does.
+static int answer_reads(struct fuse_session *session, struct fuse_buf *buffer)
 {
 	int64_t end = now_ns() + HOLD_NS;
 
-	if (libfuse.waits)
-		open_up(session);
 	do {
 		int received = libfuse.receive(session, buffer);
 
-		if (received == -EAGAIN)
-			return -EINTR;
 		if (!libfuse.ours || !is_read(buffer, received))
 			return received;
 		libfuse.process(session, buffer);
-	} while (!libfuse.waits && now_ns() < end);
+	} while (!libfuse.waits && udd_express_answered() < UDD_EXPRESS_BATCH && now_ns() < end);
 	return -EINTR;
+}
+
+// Instead of libfuse's. -EINTR, on which pyfuse3 looks for the next request, when there is none left that is not answered.
+static int receive(struct fuse_session *session, struct fuse_buf *buffer)
+{
+	int received;
+
+	if (libfuse.waits)
+		open_up(session);
+	received = answer_reads(session, buffer);
+	if (udd_express_answered())
+		udd_reads_done();
+	return received == -EAGAIN ? -EINTR : received;
 }
 
 static int object_look(struct dl_phdr_info *info, size_t size, void *data)

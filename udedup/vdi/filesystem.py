@@ -22,11 +22,11 @@ import attrs
 import pyfuse3
 import trio
 
-from udedup._native import ffi  # type: ignore[import-not-found, unused-ignore]
+from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ignore]
 from udedup.errors import UdedupError
 from udedup.fallocate import KEEP_SIZE
+from udedup.vdi import express, requests
 from udedup.vdi import mountpoint as mountpoints
-from udedup.vdi import requests
 from udedup.vdi.clone import Clone
 from udedup.vdi.digests import BLOCK_BYTES
 from udedup.vdi.fastpoll import fast_poll
@@ -120,6 +120,9 @@ class ImageFilesystem(FixedDirectory):
         # kernel before it gives up control.
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
         self._room = ffi.from_buffer(self._buffer)
+        self._done = ffi.new("struct udd_express_done[]", lib.UDD_EXPRESS_BATCH)
+        self._turn = shelves.turn
+        lib.udd_express_begin(self._room, READ_BYTES_MAX)
 
     async def watch(self) -> None:
         """Examines images that are being read, or might be in page faults that the kernel serves, until cancelled.
@@ -223,6 +226,7 @@ class ImageFilesystem(FixedDirectory):
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
+        lib.udd_express_leave(fh)
         handle = self.handles.pop(fh)
         handle.image.closed_by(handle.pid, direct=handle.direct)
 
@@ -246,6 +250,7 @@ class ImageFilesystem(FixedDirectory):
         image.touched = True
         shelf = handle.shelf or self._find_shelf(handle)
         if shelf is not None:
+            express.enter(fh, image.express, shelf.handle, image.watch.handle)
             return self._begin_read_with(shelf, handle, off, size)
         data = self._buffer[:size]
         try:
@@ -254,9 +259,30 @@ class ImageFilesystem(FixedDirectory):
         except OSError as error:
             fail(image, error)
         first, count = blocks_within(off, size)
-        if count and not handle.own:
-            self._on_read(image, first, count, handle.pid)
+        if not handle.own:
+            express.enter(fh, image.express)
+            if count:
+                self._on_read(image, first, count, handle.pid)
         return data
+
+    def reads_done(self) -> None:
+        """What comes with reads that C has answered."""
+        done = self._done
+        for number in range(lib.udd_express_take(done)):
+            read = done[number]
+            handle = self.handles[read.file]
+            handle.image.touched = True
+            first, count = blocks_within(read.offset, read.size)
+            if read.epoch:
+                assert handle.shelf is not None
+                handle.shelf.count_served(-(-read.size // BLOCK_BYTES))
+                self._served(handle.shelf, handle, first, count, read.epoch)
+            elif count:
+                self._on_read(handle.image, first, count, handle.pid)
+        if self._turn != self._shelves.turn:
+            # Somebody may have a shelf now.
+            self._turn = self._shelves.turn
+            lib.udd_express_leave_all()
 
     async def _read_waiting(self, handle: Handle, off: int, size: int, generation: int) -> Data:
         image = handle.image

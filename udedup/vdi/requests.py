@@ -34,6 +34,9 @@ class Handlers(Protocol):
     def begin_read(self, fh: int, off: int, size: int) -> Data | Rest:
         """The bytes, valid until control is given up; or what has to be awaited for them."""
 
+    def reads_done(self) -> None:
+        """Called after reads that were answered without :meth:`begin_read`."""
+
     async def fallocate(self, fh: int, mode: int, off: int, length: int) -> None:
         """See fallocate(2)."""
 
@@ -57,21 +60,28 @@ def attach(nursery: trio.Nursery, handlers: Handlers) -> None:
         except pyfuse3.FUSEError as failed:
             check(lib.udd_request_fail(request, failed.errno))
         except BaseException as error:
-            nursery.start_soon(answer_read, request, partial_raise(error))
+            nursery.start_soon(answer_read, request, raising(error))
         else:
             if callable(found):
                 nursery.start_soon(answer_read, request, found)
             else:
                 check(lib.udd_request_reply(request, ffi.from_buffer(found), len(found)))
 
+    def reads_done() -> None:
+        try:
+            handlers.reads_done()
+        except BaseException as error:
+            nursery.start_soon(raising(error))
+
     def fallocate(request: Any, file: int, mode: int, offset: int, length: int) -> None:
         nursery.start_soon(answer_fallocate, request, handlers, file, mode, offset, length)
 
     ffi.def_extern(name="udd_read_asked")(read)
+    ffi.def_extern(name="udd_reads_done")(reads_done)
     ffi.def_extern(name="udd_fallocate_asked")(fallocate)
 
 
-def partial_raise(error: BaseException) -> Rest:
+def raising(error: BaseException) -> Rest:
     """For a task to raise what must not be raised into C."""
 
     async def rest() -> Data:

@@ -267,6 +267,7 @@ class Overlay(Qcow2):
     ) -> None:
         """Waits for the disk. Raises OSError."""
         super().__init__(header, file, file, below, decoder)
+        self.piece_bits = None
         self._writable = file
         self._allocator = Allocator(file, counts, header.cluster_bits)
         self._l1 = read_numbers(file, header.l1_offset, header.l1_entries, "Q")
