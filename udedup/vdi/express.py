@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 UNKNOWN: Final = -1
 """Instead of flags: how the file is to be read."""
 PLACE_BYTES: Final = 8
+PLACES_MAX: Final = 1 << 32
+"""Of a map: 32 GiB of addresses. Larger ones, of very small clusters, are left to Python."""
 
 
 class ExpressImage:
@@ -27,6 +29,8 @@ class ExpressImage:
         Raises OSError if there are no addresses for the map.
         """
         self._bits = piece_bits or 0
+        places = -(-size >> self._bits)
+        self._usable = piece_bits is not None and (not piece_bits or places <= PLACES_MAX)
         self._mask = (1 << self._bits) - 1
         self._map: memoryview | None = None
         self._memory: mmap.mmap | None = None
@@ -34,16 +38,18 @@ class ExpressImage:
         self.struct = ffi.new("struct udd_express_image *")
         self.struct.size, self.struct.flags, self.struct.cluster_bits = size, UNKNOWN, self._bits
         self.struct.digests = ffi.cast("uint64_t *", self._keep)
-        if self._bits:
+        if self._usable and self._bits:
             # Takes memory where something was read only: 8 bytes for each cluster of the image's format.
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-            self._memory = mmap.mmap(-1, max(-(-size >> self._bits), 1) * PLACE_BYTES, flags=flags)
+            self._memory = mmap.mmap(-1, max(places, 1) * PLACE_BYTES, flags=flags)
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
             self._map = memoryview(self._memory).cast("Q")
             self.struct.map = ffi.cast("uint64_t *", ffi.from_buffer(self._memory))
 
     def found(self, file: "RawFile", position: int, flags: int, offset: int) -> None:
         """The bytes at ``offset`` of the disk have been read from ``position`` of a file, always the same one."""
+        if not self._usable:
+            return
         struct = self.struct
         struct.file, struct.flags = file.descriptor, flags
         if self._map is not None:

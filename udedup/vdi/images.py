@@ -39,6 +39,8 @@ FIRST_INODE: Final = 2
 NAME_BYTES_MAX: Final = 255
 FLUSH_SECONDS: Final = 5.0
 """How often digests are written to sidecars."""
+DISK_BYTES_MAX: Final = 1 << 50
+"""Tables stand for every block: the addresses for those of a few absurd disks would be all that the engine has."""
 END_SECONDS: Final = 10.0
 """How long that may take at the end."""
 # Endings of names that speak of the format; the mount shows raw disks.
@@ -425,6 +427,10 @@ class Images:
         self, name: str, path: Path, opened: Opened, kind: Callable[[str, Path, int, Opened], AnyImage]
     ) -> AnyImage:
         """Shows what was opened at ``path`` as ``name``, as the ``kind`` of image it is. Raises UdedupError."""
+        if opened.layer.size > DISK_BYTES_MAX:
+            raise UdedupError(
+                f"image {path}: its disk has {opened.layer.size} bytes, and {DISK_BYTES_MAX} (1 PiB) are the most"
+            )
         for file in opened.files:
             if file.status.st_dev == self.mount_device:
                 what = "is" if file.path == path else f"rests on {file.path}, which is"
