@@ -109,24 +109,31 @@ async def test_same_bytes_in_any_order(
 
 @pytest.mark.parametrize("kind", ["raw", "64k"])
 async def test_a_changed_image_is_read_anew(
-    mounter: "Mounter", make_image: Callable[..., Path], asked: list[int], monkeypatch: pytest.MonkeyPatch, kind: str
+    mounter: "Mounter",
+    place: Path,
+    make_image: Callable[..., Path],
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
     """Whatever was where in the file: the new one has it elsewhere."""
     monkeypatch.setattr(filesystem, "EXAMINE_SECONDS", 0.02)
-    raw = make_image(MIB)
+    raw, changed = make_image(MIB), bytes(64 * KIB) + random.Random(2).randbytes(MIB - 64 * KIB)
     path = convert(raw, kind)
+    other = place / "other"
+    other.mkdir()
+    (other / "disk.raw").write_bytes(changed)
+    other = convert(other / "disk.raw", kind)
     images = Images()
     image = images.add(path, "image")
     mounted = await mounter(images)
+    before = raw.read_bytes()[: 4 * BLOCK]
     async with opened(mounted.directory / "image") as descriptor:
         # The first may have to wait for the map.
         for _ in range(4):
-            assert await trio.to_thread.run_sync(read, descriptor, 0, 4 * BLOCK) == raw.read_bytes()[: 4 * BLOCK]
+            assert await trio.to_thread.run_sync(read, descriptor, 0, 4 * BLOCK) == before
         assert len(asked) < 3
-        changed = bytes(64 * KIB) + random.Random(2).randbytes(MIB - 64 * KIB)
-        raw.write_bytes(changed)
-        if kind != "raw":
-            path.write_bytes(convert(raw, "64k").read_bytes())
+        path.write_bytes(other.read_bytes())
         os.utime(path, ns=(0, 1))
         with trio.fail_after(10):
             while not image.generation:
