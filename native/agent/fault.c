@@ -9,6 +9,7 @@
 
 #include "../common/uffd.h"
 #include "agent.h"
+#include "commit.h"
 #include "merged.h"
 #include "sys.h"
 #include "transaction.h"
@@ -85,6 +86,7 @@ int udd_fault_prepare(void)
 	if (udd_failed(fd))
 		return (int)fd;
 	pagemap_fd = (int)fd;
+	udd_commit_open();
 	return (int)udd_sys(SYS_epoll_ctl, epoll_fd, EPOLL_CTL_ADD, event.data.fd, &event);
 }
 
@@ -325,6 +327,11 @@ static int serve_write(uint64_t page, bool exclusive)
 
 	if (run->broken)
 		return udd_uffd_protect(page_at(page), false);
+	udd_commit_look();
+	if (exclusive && udd_commit_strict()) {
+		now = udd_now();
+		storm = block_storm(page, now);
+	}
 	if (exclusive && !udd_span_empty(span = widen(run, page))) {
 		// Several share the cost; and the kernel's own copying is not quiet.
 		bool dissolve = udd_agent.quiet || udd_pages(span.end - span.start) > 1;
@@ -341,7 +348,7 @@ static int serve_write(uint64_t page, bool exclusive)
 			return SERVED;
 		}
 	}
-	// Locked, no mapping left to split into, or too many of them.
+	// Locked, no mapping left to split into, too many of them, or no memory promised for another one.
 	ret = break_in_place(page, exclusive);
 	if (storm && ret == SERVED)
 		open_block(page, now);

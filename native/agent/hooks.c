@@ -12,12 +12,14 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/shm.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -25,6 +27,7 @@
 
 #include "../common/uffd.h"
 #include "agent.h"
+#include "commit.h"
 #include "hints.h"
 #include "merged.h"
 #include "patch.h"
@@ -350,18 +353,19 @@ static bool is_own_stack(struct udd_span span)
 }
 
 // Has the kernel copy merged pages where they are, whatever they hold by now. Where they are protected, the fault thread serves
-// us as the lock's owner, and leaves notes that must not run out of room.
-static void break_by_kernel(struct udd_span span)
+// us as the lock's owner, and leaves notes that must not run out of room. False if some could not be copied.
+static bool break_by_kernel(struct udd_span span)
 {
 	while (!udd_span_empty(span)) {
 		struct udd_span part = {span.start, udd_min(span.end, span.start + udd_bytes(UDD_UNSETTLED_SLOTS / 4))};
 
 		if (udd_failed(udd_sys(SYS_madvise, part.start, part.end - part.start, MADV_POPULATE_WRITE)))
-			return;
+			return false;
 		udd_settle();
 		udd_broke_in_place(part);
 		span.start = part.end;
 	}
+	return true;
 }
 
 // Makes what is merged in `span` private; the lock is held exclusively.
@@ -375,11 +379,11 @@ static void dissolve_all(struct udd_span span)
 
 		at = piece.end;
 		// One that can't be had stays merged, which is right too, only not what was hoped for. Of those that the kernel
-		// breaks by itself nobody knows which already did, so it breaks the rest as well; and a copy of the store's page
-		// would undo what is written to our own stack meanwhile.
+		// breaks by itself nobody knows which already did, so it breaks the rest as well; a copy of the store's page would
+		// undo what is written to our own stack meanwhile; and there may be no memory for it (commit.h).
 		if (run->broken)
 			continue;
-		if (run->armed && !is_own_stack(piece))
+		if (run->armed && !is_own_stack(piece) && udd_commit_allows(piece.end - piece.start))
 			udd_dissolve(piece, 0);
 		else
 			break_by_kernel(piece);
@@ -473,9 +477,33 @@ static struct udd_span alike_from(const struct udd_run_entry *run, struct udd_sp
 	return ret;
 }
 
-// Drops the contents of `span`: merged pages become fresh memory, the gaps between them get the application's advice.
-static long discard(struct udd_span span, int advice)
+// 0 or a negative errno, and then nothing has changed.
+static long map_fresh(const struct udd_run_entry *run, struct udd_span span)
 {
+	if (udd_commit_strict() && !udd_commit_has_room(span.end - span.start))
+		return -ENOMEM;
+	return udd_map_like(run, span);
+}
+
+// Where there is no room for fresh memory in the place of merged pages, they are broken where they are, and zero from then on.
+static bool can_wipe(const struct udd_run_entry *run, int advice)
+{
+	return (run->protection & PROT_WRITE) && advice != MADV_GUARD_INSTALL;
+}
+
+static long wipe(struct udd_span span)
+{
+	if (!break_by_kernel(span))
+		return -ENOMEM;
+	memset(udd_pointer(span.start), 0, span.end - span.start);
+	return 0;
+}
+
+// Drops the contents of the first part of `span`, as far as one can say in one go which runs are none any more: merged pages become
+// fresh memory, the gaps between them get the application's advice. *end: where the part ends.
+static long discard(struct udd_span span, int advice, uint64_t *end)
+{
+	struct udd_span wiped = {span.end, span.end};
 	struct udd_runs *runs = &udd_agent.runs;
 	uint64_t at = span.start;
 	bool hole = false;
@@ -491,21 +519,29 @@ static long discard(struct udd_span span, int advice)
 		if (udd_failed(ret))
 			break;
 		at = merged.start;
-		ret = udd_map_like(run, merged);
+		ret = map_fresh(run, merged);
+		if (udd_failed(ret) && can_wipe(run, advice)) {
+			wiped = merged;
+			ret = 0;
+			break;
+		}
 		if (!udd_failed(ret))
 			at = merged.end;
 		if (!udd_failed(ret) && advice == MADV_GUARD_INSTALL)
 			ret = udd_sys(SYS_madvise, merged.start, merged.end - merged.start, advice);
 	}
 	if (!udd_failed(ret))
-		ret = advise_gap((struct udd_span){at, span.end}, advice, &hole);
+		ret = advise_gap((struct udd_span){at, wiped.start}, advice, &hole);
 	// All at once, and no more than was replaced.
 	udd_test_count(UDD_TEST_DISCARDED, udd_runs_pages(runs, (struct udd_span){span.start, at}));
 	udd_forget((struct udd_span){span.start, at});
+	if (!udd_failed(ret))
+		ret = wipe(wiped);
+	*end = wiped.end;
 	return !udd_failed(ret) && hole ? -ENOMEM : ret;
 }
 
-// The same where there may be merged pages of files: without them the kernel finds the store's, which are the same.
+// All of it, also where there may be merged pages of files: without them the kernel finds the store's, which are the same.
 static long discard_all(struct udd_span span, int advice)
 {
 	struct udd_runs *runs = &udd_agent.runs;
@@ -523,7 +559,7 @@ static long discard_all(struct udd_span span, int advice)
 			ret = udd_sys(SYS_madvise, piece.start, piece.end - piece.start, advice);
 		} else {
 			piece.end = run ? run->address : span.end;
-			ret = discard(piece, advice);
+			ret = discard(piece, advice, &piece.end);
 			hole |= ret == -ENOMEM;
 			ret = ret == -ENOMEM ? 0 : ret;
 		}
@@ -887,17 +923,33 @@ static bool may_interrupt(int number, void (*handler)(int))
 	return handler != SIG_DFL && handler != SIG_IGN && number > 0 && number < _NSIG && (signals_that_wait() & signal_bit(number));
 }
 
-// Every way in libc to install a handler leads here, except for the two signals of its own, whose handlers map nothing.
+static void end_calm(void)
+{
+	if (__atomic_load_n(&udd_agent.has_handlers, __ATOMIC_ACQUIRE))
+		return;
+	enter();
+	enter_exclusive();
+	__atomic_store_n(&udd_agent.has_handlers, true, __ATOMIC_RELEASE);
+	udd_lock_set_calm(&udd_live()->lock, false);
+	leave_exclusive();
+}
+
+// Every way in libc to install a handler leads here, except for the two signals of its own.
 static int hook_sigaction(int number, const struct sigaction *action, struct sigaction *old)
 {
-	if (action && may_interrupt(number, action->sa_handler) && !__atomic_load_n(&udd_agent.has_handlers, __ATOMIC_ACQUIRE)) {
-		enter();
-		enter_exclusive();
-		__atomic_store_n(&udd_agent.has_handlers, true, __ATOMIC_RELEASE);
-		udd_lock_set_calm(&udd_live()->lock, false);
-		leave_exclusive();
-	}
+	if (action && may_interrupt(number, action->sa_handler))
+		end_calm();
 	return original_sigaction(number, action, old);
+}
+
+static int (*original_cancel)(pthread_t);
+
+// One of those two ends a thread at whatever instruction, if the thread has said so (PTHREAD_CANCEL_ASYNCHRONOUS): not in a hook, or
+// what it holds would be held for ever. The other one's handler maps nothing.
+static int hook_cancel(pthread_t thread)
+{
+	end_calm();
+	return original_cancel(thread);
 }
 
 static bool find_handler(void)
@@ -934,6 +986,24 @@ static void become_calm(void)
 	leave_exclusive();
 }
 
+// ---- limits ----
+
+// Not while merged memory is replaced by what the limits must allow (commit.h).
+static int hook_prlimit(pid_t pid, int resource, const struct rlimit *wanted, struct rlimit *old)
+{
+	long ret;
+
+	enter();
+	ret = udd_sys(SYS_prlimit64, pid, resource, wanted, old);
+	leave();
+	return (int)udd_as_errno(ret);
+}
+
+static int hook_setrlimit(int resource, const struct rlimit *wanted)
+{
+	return hook_prlimit(0, resource, wanted, NULL);
+}
+
 // ---- the table ----
 
 enum hook_lock {
@@ -967,6 +1037,9 @@ static const struct {
 	{"_Fork", HOOK(hook_fork), &original_fork, LOCK_MAP, "children"},
 	{"clone", HOOK(hook_clone), &original_clone, LOCK_MAP, "children"},
 	{"sigaction", HOOK(hook_sigaction), &original_sigaction, LOCK_NONE, "signal handlers"},
+	{"pthread_cancel", HOOK(hook_cancel), &original_cancel, LOCK_NONE, "threads that end anywhere"},
+	{"setrlimit64", HOOK(hook_setrlimit), NULL, LOCK_MAP, "limits of memory"},
+	{"prlimit64", HOOK(hook_prlimit), NULL, LOCK_MAP, "limits of memory"},
 	{"read", HOOK(udd_hook_read), NULL, LOCK_NONE, "place hints"},
 	{"pread64", HOOK(udd_hook_pread), NULL, LOCK_NONE, "place hints"},
 	{"readv", HOOK(udd_hook_readv), NULL, LOCK_NONE, "place hints"},
@@ -982,7 +1055,10 @@ static const struct {
 	{"dup3", HOOK(udd_hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
 };
 
-enum { HOOKS = sizeof(hooks) / sizeof(hooks[0]) };
+enum {
+	HOOKS = sizeof(hooks) / sizeof(hooks[0]),
+	INTERRUPTING = 2, // those that learn of what may come in between
+};
 
 int udd_hooks_install(const char **missing)
 {
@@ -991,7 +1067,7 @@ int udd_hooks_install(const char **missing)
 	int ret = libc ? udd_patch_init(dlsym(libc, "munmap")) : -ENOENT;
 	struct udd_patch patches[HOOKS];
 	int errors[HOOKS];
-	bool knows_handlers = false;
+	unsigned interrupting = 0;
 
 	*missing = "libc";
 	if (ret)
@@ -1010,14 +1086,14 @@ int udd_hooks_install(const char **missing)
 			errors[i] = udd_patch_apply(&patches[i]);
 		if (!errors[i]) {
 			udd_agent.hooks |= 1UL << i;
-			knows_handlers |= hooks[i].hook == HOOK(hook_sigaction);
+			interrupting += hooks[i].hook == HOOK(hook_sigaction) || hooks[i].hook == HOOK(hook_cancel);
 		} else if (hooks[i].lock == LOCK_MAP && !ret) {
 			*missing = hooks[i].symbol;
 			ret = errors[i];
 		}
 	}
 	udd_patch_done();
-	if (knows_handlers)
+	if (interrupting == INTERRUPTING)
 		become_calm();
 	return ret;
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "commit.h"
 #include "rings.h"
 #include "sys.h"
 
@@ -223,7 +224,7 @@ static int dissolve_piece(const struct udd_run_entry *first, struct udd_span spa
 
 static bool dissolvable(const struct udd_run_entry *run)
 {
-	return !run->broken && run->armed && !(run->attributes & UDD_ATTRIBUTE_LOCKED);
+	return !run->broken && run->armed && !(run->attributes & UDD_ATTRIBUTE_LOCKED) && !udd_commit_strict();
 }
 
 struct udd_span udd_dissolvable(const struct udd_run_entry *run, struct udd_span span)

@@ -15,7 +15,9 @@ enum {
 	REGIONS = 64,          // regions of one PAGEMAP_SCAN
 	BATCH = 64,            // pages copied and hashed at a time: they should stay in the processor's cache
 	PART = 512,            // bytes of a page looked at first
-	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time
+	LAYOUT_SHARE = 50,     // reading the layout may take one part in so many of the time …
+	LAYOUT_DEAR_NS = 20000000,
+	LAYOUT_OWN_SHARE = 200, // … and so many where it takes longer than that for our own runs' sake
 	LAYOUT_AGE_S = 10,     // raw system calls change it too
 };
 
@@ -28,12 +30,21 @@ struct batch {
 	bool file;     // they are a file's, and can't change
 };
 
+// Of tens of thousands of mappings, with room for more, most are runs or what is left between two: reading all of them again finds
+// little that is new.
+static bool mostly_runs(const struct udd_layout *layout)
+{
+	return layout->read_cost > LAYOUT_DEAR_NS && layout->runs > layout->mappings / 4 &&
+	       layout->mappings < udd_live()->vma_limit / 4 * 3;
+}
+
 // Only if it has changed, and no more often than it is worth.
 static bool layout_is_due(const struct udd_layout *layout)
 {
 	uint64_t age = udd_now() - layout->read_at;
+	uint64_t share = mostly_runs(layout) ? LAYOUT_OWN_SHARE : LAYOUT_SHARE;
 
-	if (age < layout->read_cost * LAYOUT_SHARE)
+	if (age < layout->read_cost * share)
 		return false;
 	return __atomic_load_n(&udd_live()->mapped, __ATOMIC_RELAXED) || udd_live()->stale_count || layout->stale ||
 	       age > LAYOUT_AGE_S * 1000000000UL;
@@ -124,13 +135,19 @@ static uint64_t part_of(uint64_t address)
 
 static uint32_t mark_of_part(const char *part)
 {
-	return udd_mark_of(udd_digest_part(part, PART));
+	return udd_mark_of_part(udd_digest_part(part, PART));
+}
+
+// Is the page to be reported though nobody knows yet whether it keeps still?
+static bool first_sight(const struct udd_scan_state *state, const uint32_t *mark)
+{
+	return state->flags & UDD_CONFIG_FIRST_SIGHT && mark && *mark == UDD_MARK_NONE;
 }
 
 // Does this look at a page begin with a part of it?
-static bool wants_part(const uint32_t *mark)
+static bool wants_part(const struct udd_scan_state *state, const uint32_t *mark)
 {
-	return !mark || udd_mark_age(*mark) == 0;
+	return !mark || (udd_mark_age(*mark) == 0 && !first_sight(state, mark));
 }
 
 static void keep_page(struct batch *batch, uint32_t *kept, uint32_t i)
@@ -155,7 +172,7 @@ static void look_at_parts(struct udd_scan_state *state, struct batch *batch, str
 	for (uint32_t i = 0; i < batch->count; i++) {
 		uint64_t address = batch->addresses[i];
 
-		if (wants_part(udd_mark(&udd_agent.marks, address)))
+		if (wants_part(state, udd_mark(&udd_agent.marks, address)))
 			vector[wanted++] = (struct iovec){udd_pointer(address + part_of(address)), PART};
 	}
 	if (wanted == 0)
@@ -166,7 +183,7 @@ static void look_at_parts(struct udd_scan_state *state, struct batch *batch, str
 		uint32_t *mark = udd_mark(&udd_agent.marks, batch->addresses[i]);
 		uint32_t value;
 
-		if (!wants_part(mark)) {
+		if (!wants_part(state, mark)) {
 			keep_page(batch, &kept, i);
 			continue;
 		}
@@ -174,12 +191,12 @@ static void look_at_parts(struct udd_scan_state *state, struct batch *batch, str
 		if (part == got)
 			continue;
 		value = mark_of_part(parts + part++ * PART);
-		if (mark && udd_mark_has(*mark, value)) {
+		if (mark && udd_mark_has_part(*mark, value)) {
 			keep_page(batch, &kept, i);
 			continue;
 		}
 		if (mark)
-			udd_mark_set(&udd_agent.marks, mark, value);
+			udd_mark_set(&udd_agent.marks, mark, udd_mark_after_change(*mark, value));
 		ret->visited++;
 		ret->changed++;
 	}
@@ -225,7 +242,8 @@ static void report_batch(struct udd_scan_state *state, const struct batch *batch
 		ret->visited++;
 		if (mark)
 			udd_mark_set(&udd_agent.marks, mark,
-				     kept ? udd_mark_after(*mark, value) : mark_of_part(page + part_of(batch->addresses[i])));
+				     kept ? udd_mark_after(*mark, value)
+					  : udd_mark_after_change(*mark, mark_of_part(page + part_of(batch->addresses[i]))));
 		if (!kept) {
 			ret->changed++;
 		} else if (zero && (batch->file || !(state->flags & UDD_CONFIG_ZERO_PAGES))) {

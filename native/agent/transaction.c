@@ -40,6 +40,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "commit.h"
 #include "fault.h"
 #include "merged.h"
 #include "scan.h"
@@ -101,6 +102,7 @@ bool udd_worker_lock(uint64_t *started)
 	if (!udd_lock_exclusive_last(&udd_live()->lock, LOCK_PATIENCE_NS))
 		return false;
 	*started = udd_now();
+	udd_commit_look();
 	udd_settle();
 	udd_layout_apply(&udd_agent.layout, udd_live()->stale, &udd_live()->stale_count);
 	return true;
@@ -422,6 +424,30 @@ static struct udd_span start_of(const struct udd_run_entry *run, struct udd_span
 	return ret;
 }
 
+// Pages that are merged, all of them. 0 or a negative errno.
+static int make_private(struct udd_span span)
+{
+	long ret;
+
+	udd_commit_look();
+	if (!udd_commit_strict())
+		return udd_dissolve(span, 0);
+	// What can't be written to need not be made private before it can.
+	if (!(udd_first_run(span)->protection & PROT_WRITE))
+		return 0;
+	// From here on the kernel breaks them: what the table takes for armed may be replaced by a copy of the store's.
+	for (struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span))
+		run->armed = 0;
+	ret = udd_uffd_protect(span, false);
+	if (!ret)
+		ret = udd_sys(SYS_madvise, span.start, span.end - span.start, MADV_POPULATE_WRITE);
+	if (ret)
+		udd_ring(UDD_BELL_ARM);
+	else
+		udd_broke_in_place(span);
+	return (int)ret;
+}
+
 uint64_t udd_unmerge(struct udd_span span)
 {
 	uint64_t before = udd_live()->stats->pages_merged;
@@ -451,7 +477,7 @@ uint64_t udd_unmerge(struct udd_span span)
 			udd_files_restore(piece, false);
 			ret = 0;
 		} else {
-			ret = still_merged(piece) ? udd_dissolve(piece, 0) : 0;
+			ret = still_merged(piece) ? make_private(piece) : 0;
 		}
 		udd_uffd_wake(piece);
 		udd_worker_unlock(started);
@@ -761,7 +787,8 @@ void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 		ret->gone = all;
 		return;
 	}
-	if (mappings_now() + VMAS_PER_RUN > udd_live()->vma_limit) {
+	if (mappings_now() + VMAS_PER_RUN > udd_live()->vma_limit ||
+	    (udd_commit_strict() && !udd_commit_has_room(udd_bytes(run->pages)))) {
 		ret->no_vma = all;
 		return;
 	}

@@ -209,6 +209,14 @@ static int connect_engine(const struct worker *worker)
 	return -EACCES;
 }
 
+// Whether the kernel gives this process a userfaultfd without the device (vm.unprivileged_userfaultfd, or rights).
+static bool needs_no_device(void)
+{
+	udd_auto_close int fd = udd_uffd_open(-1);
+
+	return fd >= 0;
+}
+
 static bool say_hello(const struct worker *worker)
 {
 	struct udd_hello hello = {
@@ -218,7 +226,7 @@ static bool say_hello(const struct worker *worker)
 		.hooks = udd_agent.hooks,
 	};
 
-	if (udd_live()->uffd == 0 && worker->device < 0)
+	if (udd_live()->uffd == 0 && worker->device < 0 && !needs_no_device())
 		hello.flags |= UDD_HELLO_NEED_UFFD;
 	if (udd_agent.quiet)
 		hello.flags |= UDD_HELLO_QUIET;

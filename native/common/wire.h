@@ -135,9 +135,10 @@ struct udd_hello {
 enum udd_config_flags {
 	UDD_CONFIG_ZERO_PAGES = 1, // merge all-zero pages with the kernel's
 	UDD_CONFIG_HINTS = 2,      // push place hints
-	UDD_CONFIG_SMART_SCAN = 8, // pass over pages that do not change, for up to 8 rounds
+	UDD_CONFIG_SMART_SCAN = 8, // pass over pages that never change, or always, for up to 8 rounds
 	UDD_CONFIG_KEEP_HUGE = 4,  // zero pages inside of huge pages are reported, not merged, unless UDD_VISIT says so
 	UDD_CONFIG_QUIET = 16,     // how long a write takes must not tell whether somebody else has the page
+	UDD_CONFIG_FIRST_SIGHT = 32, // the linear scan reports a page at its first look at it, not only once it was found unchanged
 };
 
 struct udd_welcome {
@@ -222,7 +223,7 @@ enum udd_report_flags {
 };
 
 // One page of a scan or visit. Only pages worth looking up are reported: present, mostly not zero, and (scan) unchanged since
-// the previous round. Digest: XXH3_128bits of the page, low then high half. Its copy stays until the next request that uses the
+// the previous round, or new under UDD_CONFIG_FIRST_SIGHT. Digest: XXH3_128bits of the page, low then high half. Its copy stays until the next request that uses the
 // copy area.
 struct udd_report {
 	uint64_t address;

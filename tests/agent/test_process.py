@@ -15,6 +15,8 @@ CASES = (
     "written-by-a-debugger",
     "cancelled-while-blocked",
     "every-cancellation-point",
+    "cancelled-among-hooks",
+    "fork-handlers-set-the-mask",
     "only-thread-cancels-itself",
     "main-thread-exits",
     "handler-maps-while-main-unmaps",

@@ -1,6 +1,7 @@
 """A real agent and an engine that lies, talks nonsense or goes away: memory stays right whatever it says."""
 
 import fcntl
+import itertools
 import os
 import struct
 import subprocess
@@ -49,17 +50,30 @@ def fake() -> Iterator[FakeEngine]:
 
 
 @pytest.fixture
-def puppet(compile_c: Callable[..., Path], ledger: Ledger, fake: FakeEngine) -> Iterator[Puppet]:
-    """A puppet that has joined the fake engine, which has learnt of its memory."""
+def joins(compile_c: Callable[..., Path], ledger: Ledger, fake: FakeEngine) -> Iterator[Callable[[int], Puppet]]:
+    """Starts a puppet that joins the fake engine, which answers with those flags of its configuration."""
     program = compile_c(PROGRAM, "-Inative")
     environment = {"LD_PRELOAD": str(LIBRARY), "UDEDUP_SOCKET": str(fake.path), "SALT": str(SALT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    puppet = Puppet(Wrapper(None, ledger).start(program, extra=environment, **pipes))
-    fake.accept()
+    puppets = []
+
+    def join(flags: int) -> Puppet:
+        puppets.append(Puppet(Wrapper(None, ledger).start(program, extra=environment, **pipes)))
+        fake.accept(flags=flags)
+        return puppets[-1]
+
+    yield join
+    for puppet in puppets:
+        assert puppet.is_right()
+        puppet.end()
+
+
+@pytest.fixture
+def puppet(joins: Callable[[int], Puppet], fake: FakeEngine) -> Puppet:
+    """A puppet that has joined the fake engine, which has learnt of its memory."""
+    puppet = joins(0)
     fake.scan()
-    yield puppet
-    assert puppet.is_right()
-    puppet.end()
+    return puppet
 
 
 def mappings_known(fake: FakeEngine) -> int:
@@ -204,6 +218,45 @@ def test_pages_are_reported_while_they_keep_still(fake: FakeEngine, puppet: Pupp
         assert reported(fake, puppet) == expected | {9: xxhash.xxh3_128_intdigest(bytes(flipped))}
     for part in range(0, PAGE, 256):
         puppet.flip(9, part + 7)
+
+
+def test_pages_are_reported_at_first_sight(fake: FakeEngine, joins: Callable[[int], Puppet]) -> None:
+    """If the engine wants them so; one that changes afterwards has to keep still first, as ever."""
+    puppet = joins(lib.UDD_CONFIG_FIRST_SIGHT)
+    expected = {number: xxhash.xxh3_128_intdigest(page(number)) for number in range(PAGES)}
+    assert reported(fake, puppet) == expected
+    for _ in range(2):
+        puppet.flip(9, 100)
+        assert reported(fake, puppet).keys() == expected.keys() - {9}
+        assert reported(fake, puppet).keys() == expected.keys()
+
+
+def test_pages_that_change_all_the_time_are_passed_over(fake: FakeEngine, joins: Callable[[int], Puppet]) -> None:
+    """For longer and longer; once they keep still, they are reported."""
+    puppet = joins(lib.UDD_CONFIG_SMART_SCAN)
+    busy = range(PAGES // 2, PAGES)
+    still: set[int] = set()
+    looked = []
+
+    def change(offset: int) -> None:
+        for at in busy:
+            for part in range(0, PAGE, 512):
+                puppet.flip(at, part + offset)
+
+    for number in range(23):
+        change(number)
+        body = fake.scan()
+        _, changed, _, wrapped = struct.unpack_from("<IIII", body)
+        assert wrapped
+        if changed >= len(busy):
+            looked.append(number)
+    assert looked == [0, 1, 2, 3, 5, 8, 13, 22]
+    for number in range(23):
+        change(number)
+    # The next look finds them changed once more.
+    for _ in range(8 + 1 + 8 + 1):
+        still |= reported(fake, puppet).keys()
+    assert still >= set(busy)
 
 
 @pytest.mark.parametrize("missing", [0x2, 0x4, 0x10, SEALS])
@@ -410,6 +463,21 @@ def test_engine_that_is_gone_before_the_answer(fake: FakeEngine, puppet: Puppet)
     fake.accept()
     assert puppet.is_right()
     assert fake.scan()
+
+
+def test_engine_that_turns_it_away_is_asked_less_and_less_often(fake: FakeEngine, puppet: Puppet) -> None:
+    """A tenth of a second to the second try, and twice as long to each further one; joining begins anew."""
+    for _ in range(2):
+        fake.hang_up()
+        times = []
+        for _ in range(3):
+            fake.take_hello()
+            times.append(time.monotonic())
+            fake.hang_up()
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert all(gap > 0.9 * wanted for gap, wanted in zip(gaps, (0.2, 0.4), strict=True)), gaps
+        fake.accept()
+    assert puppet.is_right()
 
 
 def test_descriptors_nobody_asked_for_are_not_kept(fake: FakeEngine, puppet: Puppet) -> None:

@@ -51,6 +51,9 @@ def test_tables_come_as_json_too(name: str) -> None:
         ("umount",),
         ("unmerge", "zero"),
         ("unmerge", "0"),
+        ("pause", "-1"),
+        ("top", "--interval", "0"),
+        ("top", "--sort", "size"),
         ("engine", "--policy", "best"),
         ("engine", "--pages-to-scan", "0"),
         ("engine", "--advisor-mode", "best"),
@@ -66,6 +69,9 @@ def test_tables_come_as_json_too(name: str) -> None:
         ("engine", "--allow-domain", "label"),
         ("engine", "--allow-domain", "1000:"),
         ("engine", "--image", "/disk"),
+        ("engine", "--metrics", "0.0.0.0:9105"),
+        ("engine", "--metrics", "127.0.0.1"),
+        ("engine", "--metrics-group", "no such group"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_starts_nothing(argv: tuple[str, ...]) -> None:
@@ -135,7 +141,18 @@ def test_engine_of_root_is_found_by_users_without_their_own(monkeypatch: pytest.
     assert places.engine_socket() == own
 
 
-@pytest.mark.parametrize("argv", [("status",), ("unmerge",), ("unmerge", "1"), ("mount", "/disk"), ("umount", "disk")])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("status",),
+        ("top", "--once"),
+        ("pause", "--resume"),
+        ("unmerge",),
+        ("unmerge", "1"),
+        ("mount", "/disk"),
+        ("umount", "disk"),
+    ],
+)
 def test_no_engine_is_one_line(tmp_path: Path, argv: tuple[str, ...]) -> None:
     done = udedup(argv[0], "--socket", tmp_path / "nobody", *argv[1:])
     assert done.returncode == 1

@@ -382,8 +382,26 @@ def test_programs_share_and_get_back_their_memory(engine: Engine) -> None:
         assert program.returncode == 0
 
 
-def test_unmerge_of_a_process_that_is_not_wrapped(engine: Engine) -> None:
-    assert_refused(engine.command("unmerge", str(os.getpid())), str(os.getpid()))
+@pytest.mark.parametrize("command", ["unmerge", "pause"])
+def test_a_process_that_is_not_wrapped(engine: Engine, command: str) -> None:
+    assert_refused(engine.command(command, str(os.getpid())), str(os.getpid()))
+
+
+def test_pause(engine: Engine) -> None:
+    program = engine.wrap(
+        sys.executable, "-c", f"kept = bytes(range(256)) * 16 * ({MEGABYTE} // 4096); input()", stdin=subprocess.PIPE
+    )
+    engine.wait_until("merged", lambda status: any(agent["pages_sharing"] for agent in status["agents"]))
+    done = engine.command("pause", str(program.pid))
+    assert (done.returncode, done.stdout) == (0, "1 programs are paused\n")
+    (agent,) = engine.status()["agents"]
+    assert (agent["paused"], agent["merging"], agent["reason"]) == (True, False, "paused on request")
+    assert agent["pages_sharing"] > 0
+    assert engine.command("pause", "--resume").stdout == "1 programs may share memory again\n"
+    (agent,) = engine.status()["agents"]
+    assert (agent["paused"], agent["reason"]) == (False, "")
+    assert engine.command("pause").stdout == "1 programs are paused\n"
+    program.communicate(b"\n", timeout=30)
 
 
 def test_reader_that_leaves_early_is_no_error_message(engine: Engine) -> None:

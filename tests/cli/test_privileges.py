@@ -5,8 +5,9 @@ import mmap
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.engine import UDEDUP, Engine, read_line
@@ -116,10 +117,13 @@ def test_engine_of_root_sees_the_memory_of_others(engine_factory: Callable[..., 
     engine = engine_factory("--socket-mode", "666", "--sleep-millisecs", "0", mount=False)
     open_way(engine.socket.parent)
     holders = [engine.wrap(*as_nobody(), "sh", "-c", "read line", stdin=subprocess.PIPE) for _ in range(2)]
-    status = engine.wait_until(
-        "two agents of uid 65534", lambda status: [a["uid"] for a in status["agents"]] == [NOBODY] * 2
-    )
-    assert status["kernel"]["unreadable"] == 0
+
+    def seen(status: dict[str, Any]) -> bool:
+        # They join before and after each `exec`; between these they are nobody's.
+        agents = [(agent["uid"], agent["command"]) for agent in status["agents"]]
+        return agents == [(NOBODY, "sh -c read line")] * 2 and status["kernel"]["unreadable"] == 0
+
+    status = engine.wait_until("two agents of uid 65534, with their memory", seen)
     assert status["kernel"]["pss_bytes"] > status["memory"]["engine"]
     for holder in holders:
         holder.communicate(b"\n", timeout=20)
@@ -152,9 +156,29 @@ def namespace(tmp_path: Path) -> list[str]:
     return command
 
 
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    setting = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    before = setting.read_text()
+    setting.write_text("1")
+    yield
+    setting.write_text(before)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_an_ordinary_users_engine_serves_its_processes_without_the_device(tmp_path: Path, ledger: Ledger) -> None:
+    """Nor does it warn of a device that nobody needs."""
+    serves_its_processes(tmp_path, [], ledger)
+    assert "userfaultfd" not in (tmp_path / "log").read_text()
+
+
 def test_an_ordinary_users_engine_serves_its_processes(
     tmp_path: Path, namespace: Sequence[str], ledger: Ledger
 ) -> None:
+    serves_its_processes(tmp_path, namespace, ledger)
+
+
+def serves_its_processes(tmp_path: Path, namespace: Sequence[str], ledger: Ledger) -> None:
     """Where the system lets it: it keeps no capability at all, and two of its programs share their memory."""
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -178,7 +202,7 @@ def test_an_ordinary_users_engine_serves_its_processes(
     program = [*UDEDUP, "run", "--socket", str(folder / "socket"), "--", UDEDUP[0], "-c", holder, str(shared)]
     programs = []
     for _ in range(2):
-        (tmp_path / "userfaultfd").unlink()
+        (tmp_path / "userfaultfd").unlink(missing_ok=True)
         programs.append(
             subprocess.Popen([*become, *program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli.test_metrics import UnixConnection, scrape
 from support.engine import END_SECONDS, UDEDUP, Engine, read_line, udedup
 from support.ledger import Ledger, mounted
 
@@ -177,6 +178,7 @@ def test_the_engine_does_nothing_that_the_unit_forbids(tmp_path: Path, ledger: L
     disk.write_bytes(os.urandom(1 << 20))
     path = str(tmp_path / "socket")
     options = ["--socket", path, "--mount", str(place), "--image", f"disk={disk}", "--sleep-millisecs", "0"]
+    options += ["--metrics", str(tmp_path / "metrics")]
     process = subprocess.Popen(
         ["strace", "-f", "-qq", "-o", str(trace), *UDEDUP, "engine", *options], stdout=subprocess.PIPE, text=True
     )
@@ -190,6 +192,7 @@ def test_the_engine_does_nothing_that_the_unit_forbids(tmp_path: Path, ledger: L
     programs = [subprocess.Popen(command) for _ in range(2)]
     assert json.loads(udedup("status", "--socket", path, "--json").stdout)["images"]
     assert udedup("mount", "--socket", path, f"again={disk}").returncode == 0
+    assert "udedup_engine_info" in scrape(UnixConnection(tmp_path / "metrics"))
     os.kill(pid, signal.SIGHUP)
     assert [program.wait(30) for program in programs] == [0, 0]
     os.kill(pid, signal.SIGTERM)

@@ -15,7 +15,8 @@ from udedup.engine.config import EngineConfig
 from udedup.engine.control import request
 from udedup.engine.server import run_engine
 
-PATIENCE = 20.0
+PATIENCE = 60.0
+"""For what must come about, s: a machine may be busy with much else."""
 
 
 @attrs.define

@@ -14,6 +14,7 @@ from engine.fake_agent import FakeAgent
 from engine.test_server import memory, merge_all, pair
 
 import udedup
+from udedup.engine import maplimit
 from udedup.engine.clients import receive_packet
 from udedup.engine.config import EngineConfig
 from udedup.engine.control import request
@@ -31,6 +32,7 @@ async def test_status_is_what_the_command_prints(start: Start) -> None:
             "sleep_millisecs": 0,
             "cpu_percent": None,
             "hint_slots": 1 << 18,
+            "vmas": maplimit.vma_limit(),
         }
         assert (status.pid, status.uptime_seconds > 0) == (os.getpid(), True)
         assert [(agent.command, agent.pages_sharing, agent.paused) for agent in status.agents] == [

@@ -24,6 +24,9 @@ SAMPLES = 12
 TRIES = 3
 """Measurements of which one must be good: somebody else may be at work on this machine, too."""
 
+SPARE_HINT, SPARE_SCAN = 0.2, 1.0
+"""Beyond twice and three times as long as usual, s."""
+
 PAUSE = 0.25
 """Between two hints, s: who gives few is not made to wait for those who give many."""
 
@@ -34,7 +37,7 @@ def attacked(engine: Engine, kind: str) -> Iterator[None]:
     open_way(engine.socket.parent)
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     attacker = subprocess.Popen(
-        [*as_nobody(), sys.executable, "-m", "engine.hostile", str(engine.socket), kind],
+        ["chrt", "--idle", "0", *as_nobody(), sys.executable, "-m", "engine.hostile", str(engine.socket), kind],
         env=environment,
         stderr=subprocess.DEVNULL,
     )
@@ -117,7 +120,10 @@ def normal() -> dict[str, Service]:
 def test_others_are_served_as_before(
     engine_factory: Callable[..., Engine], normal: dict[str, Service], kind: str, sleep: str
 ) -> None:
-    """The bounds allow for the processor time that the hostile process itself takes from this one."""
+    """What is measured is what the engine does, not the processor time that a busy process takes: it has the rest.
+
+    The bounds are wide, for other tests may run beside; tests/bench/hostile.py measures.
+    """
     engine = engine_factory("--socket-mode", "666", "--sleep-millisecs", sleep, mount=False)
     for _ in range(TRIES):
         if sleep not in normal:
@@ -129,7 +135,7 @@ def test_others_are_served_as_before(
             memory = resident(engine.pid)
         print(f"{kind}, sleep {sleep} ms: normally {before}, now {during}, engine {memory >> 20} MiB")
         assert memory < 200 << 20
-        if during.hinted <= 2 * before.hinted + 0.05 and during.scanned <= 3 * before.scanned + 0.5:
+        if during.hinted <= 2 * before.hinted + SPARE_HINT and during.scanned <= 3 * before.scanned + SPARE_SCAN:
             break
         # The machine may be busier than it was.
         del normal[sleep]

@@ -74,7 +74,7 @@ async def test_who_is_dropped_leaves_nothing(start: Start) -> None:
     await engine.join(liar)
     liar.hints.head = 1 << 60
     await gone(engine)
-    assert (await engine.status())["agents_total"] == {"joined": 2, "dropped": 2}
+    assert (await engine.status())["agents_total"] == {"joined": 2, "dropped": 2, "silent": 0}
 
 
 @pytest.mark.usefixtures("no_collector")

@@ -301,6 +301,21 @@ def test_smaps_of_ourselves() -> None:
     os.close(second)
 
 
+def test_own_smaps_are_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often somebody asks."""
+    now = 0.0
+    monkeypatch.setattr(kernel.time, "monotonic", lambda: now)
+    own = kernel.OwnSmaps()
+    first = own.look()
+    descriptor, mapping = store_mapping(100)
+    now = kernel.OWN_SECONDS
+    assert own.look() is first
+    now += 0.1
+    assert own.look().store_pss - first.store_pss == 100 * PAGE
+    mapping.close()
+    os.close(descriptor)
+
+
 def sums(*, merged: int = 0, anonymous: int = 0, store: int = 0, private: int = 0) -> kernel.Smaps:
     """Numbers of one process, in pages."""
     return kernel.Smaps(

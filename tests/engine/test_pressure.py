@@ -272,7 +272,8 @@ async def test_under_real_pressure_it_is_eager_then_small_and_comes_back(
                 pytest.skip(f"the kernel made nobody wait for memory: {waited:.2f} s in {ALWAYS_SECONDS:.0f}")
             assert status["pressure"]["level"] == "full", waited
             assert status["pressure"]["times_some"] >= status["pressure"]["times_full"] == 1
-            assert status["pages_to_scan"] == BOOST * 100
+            # As many more as the processor allows, which others may be using, too.
+            assert 100 < status["pages_to_scan"] <= BOOST * 100
             assert any("dropped 400 candidates" in line for line in warnings())
         await until_level(engine, "none")
         assert (await engine.status())["pages_to_scan"] == 100

@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace, ScanTimeTarget
+from udedup.engine.meanwhile import PROMPT_SECONDS
 from udedup.engine.policies import POLICIES, Policy
 from udedup.engine.scheduler import QUIET_SECONDS, TOGETHER_SECONDS, Scheduler, Step
 
@@ -239,7 +240,7 @@ async def test_leftovers_of_a_dry_hint_spurt_are_scanned(autojump_clock: trio.te
 
 
 async def test_linear_takes_no_hints(autojump_clock: trio.testing.MockClock) -> None:
-    model = Model(hints=1000)
+    model = Model(hints=1000, scan_seconds=0.01)
     await run_for(1, model, POLICIES["linear"](1, 1), 20)
     assert model.hints == 1000
     assert not model.pages("hints")
@@ -291,6 +292,51 @@ async def test_hints_are_served_at_once_while_the_scan_rests(
     assert model.pages("scan") == scanned
 
 
+@pytest.mark.parametrize(
+    ("policy", "sleep"), [(Policy(1, 1), 0), (POLICIES["xlh"](1, 1), 20), (POLICIES["eager"](1, 1), 20)]
+)
+async def test_hints_don_t_wait_for_who_keeps_the_scan_waiting(
+    policy: Policy, sleep: int, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """A step that takes long, because of a slow agent, is in the middle when they come."""
+    model = Model(round_pages=10**9, scan_seconds=30.0)
+    nursery.start_soon(run_for, 100.0, model, policy, sleep)
+    await trio.sleep(10)
+    for lap in range(1, 6):
+        model.hints += 5
+        model.change()
+        await trio.sleep(PROMPT_SECONDS)
+        assert model.pages("hints") == 5 * lap
+    assert not model.pages("scan")
+
+
+async def test_hints_served_beside_the_scan_take_no_more_than_their_share(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    model = Model(round_pages=10**9, scan_seconds=0.5)
+    nursery.start_soon(run_for, 0.4, model, Policy(1, 1), 20)
+    await trio.sleep(0.1)
+    model.hints = 10**9
+    model.change()
+    await trio.sleep(0.1)
+    assert model.pages("hints") == PAGES
+
+
+@pytest.mark.parametrize("policy", ["xlh", "eager"])
+async def test_load_is_the_same_with_hints_beside_a_slow_scan(
+    policy: str, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """What hints took ahead the scan is short of afterwards."""
+    model = Model(round_pages=10**9, scan_seconds=0.01)
+    nursery.start_soon(run_for, 10.005, model, POLICIES[policy](1, 1), 20)
+    for _ in range(2000):
+        model.hints += 5
+        model.change()
+        await trio.sleep(0.005)
+    assert model.pages("hints") == pytest.approx(10_000, abs=500)
+    assert model.visited <= 501 * PAGES
+
+
 async def test_eager_serves_a_burst_of_hints_at_once(autojump_clock: trio.testing.MockClock) -> None:
     """Half a minute's allowance, and the spurt's own, is 1501 spurts' pages."""
     model = Model(hints=10**9, round_pages=10**9)
@@ -321,11 +367,11 @@ async def test_eager_gives_back_what_it_took_ahead(autojump_clock: trio.testing.
 
 
 async def test_eager_never_stops_the_scan(autojump_clock: trio.testing.MockClock) -> None:
-    """With more hints than it can serve, an eighth of the scan's spurts is left."""
+    """With more hints than it can serve, three quarters of the scan's spurts are left."""
     model = Model(hints=10**9, round_pages=10**9)
     await run_for(999.995, model, POLICIES["eager"](1, 1), 20)
     assert model.visited <= (50_000 + 1500) * PAGES
-    assert model.pages("scan") == pytest.approx(model.visited / 2 / 8, rel=0.03)
+    assert model.pages("scan") == pytest.approx(model.visited / 2 * 3 / 4, rel=0.03)
 
 
 def advised(**target: float) -> ScanTimePace:

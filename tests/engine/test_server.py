@@ -581,6 +581,7 @@ async def test_bad_control_requests(start: Start, message: dict[str, Any], error
     with pytest.raises(UdedupError, match=error) as caught:
         await engine.ask(**message)
     assert "\n" not in str(caught.value)
+    assert (await engine.status())["refused"] == {"connections": 0, "requests": int("understand" in error)}
 
 
 async def test_check_domain(start: Start) -> None:
@@ -924,6 +925,7 @@ async def test_silent_agent_stalls_nobody(start: Start, warnings: Warnings, slee
     (line,) = warnings()
     assert "did not answer" in line
     assert silent.farewell == "it did not answer request 6 within 3 s"
+    assert (await engine.status())["agents_total"] == {"joined": 3, "dropped": 1, "silent": 1}
 
 
 class Idle(Liar):
@@ -1136,6 +1138,7 @@ async def test_garbage_for_a_greeting(start: Start, warnings: Warnings, packet: 
 
     await trio.to_thread.run_sync(say)
     await one_dropped(engine, warnings, "refused")
+    assert (await engine.status())["refused"] == {"connections": 1, "requests": 0}
 
 
 async def test_command_names_can_t_forge_log_lines(start: Start, warnings: Warnings) -> None:

@@ -8,9 +8,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from record.conftest import row
 
 from udedup.commands.topics import TOPICS
+from udedup.record.recording import About, Recording
 
 PROJECT = Path(__file__).parent.parent.parent
 DEBIAN = PROJECT / "native" / "debian"
@@ -36,15 +39,23 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
     assert {"udedup/libudedup.so", "udedup/udedup.h", "udedup/_native.abi3.so", "udedup/py.typed"} <= files
     assert not [name for name in files if name.startswith(("tests", "demo", "native"))]
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from udedup.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "installed"), "help", "safety"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Safety" in done.stdout
+
+    def run(*argv: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "installed"), *argv],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert "Safety" in run("help", "safety")
+    about = About(settings={}, marks={}, interval=1.0)
+    Recording([row(0.0, 0, 0)], about, np.empty(0, np.float32)).write(tmp_path / "run.parquet")
+    run("report", "run.parquet", "-o", "page.html")
+    assert (tmp_path / "page.html").read_text().endswith("</html>")
     # A C program needs nothing else, and starts where the wheel was installed.
     folder, source = tmp_path / "installed" / "udedup", tmp_path / "program.c"
     source.write_text(

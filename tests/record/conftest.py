@@ -1,12 +1,15 @@
-"""Processes that hold what a test says."""
+"""Processes that hold what a test says, and a recording."""
 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 from support.ledger import Ledger
+
+from udedup.record.recording import About, Recording, Row
 
 PROGRAM = """
 import mmap, os, random, sys
@@ -70,3 +73,25 @@ def hold(ledger: Ledger) -> Iterator[Callable[[], Holder]]:
             return holder
 
         yield make
+
+
+def row(seconds: float, sharing: int, merges: int, **more: float) -> Row:
+    """A sample in which nothing else happens."""
+    counts = dict.fromkeys(("zero_pages", "zero_shared", "shared", "opportunities", "merges_at_once"), 0)
+    counts |= dict.fromkeys(("known_opportunities", "known_merges", "known_merges_at_once"), 0)
+    fields = counts | {"present": 100, "opportunity": 50} | more
+    return Row(seconds=seconds, sharing=sharing, merges=merges, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def recording() -> Recording:
+    """Five samples; before the first the merger had looked at 1000 pages already."""
+    rows = [
+        row(0.0, 0, 0, visits=1000, cpu_engine=2.0),
+        row(1.0, 10, 20, visits=1040, cpu_engine=2.5),
+        row(2.0, 40, 60, visits=1100, cpu_engine=3.0),
+        row(3.0, 30, 80, visits=1160, cpu_engine=3.5, pss=4096),
+        row(4.0, 0, 80, visits=1200, cpu_engine=4.0, present=0, opportunity=0),
+    ]
+    about = About(settings={"policy": "xlh & <more>"}, marks={"last <starts>": 1.5}, interval=1.0)
+    return Recording(rows, about, np.linspace(1, 9, 80, dtype=np.float32))

@@ -4,35 +4,16 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from record.conftest import row
 
-from udedup.record.page import write_html
-from udedup.record.plots import draw, write_png
-from udedup.record.recording import About, Recording, Row
+from udedup.errors import UdedupError
+from udedup.record.plots import STYLES, draw, styled, write_png
+from udedup.record.recording import ABOUT, LATENCIES, Recording
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def row(seconds: float, sharing: int, merges: int, **more: float) -> Row:
-    """A sample in which nothing else happens."""
-    counts = dict.fromkeys(("zero_pages", "zero_shared", "shared", "opportunities", "merges_at_once"), 0)
-    counts |= dict.fromkeys(("known_opportunities", "known_merges", "known_merges_at_once"), 0)
-    fields = counts | {"present": 100, "opportunity": 50} | more
-    return Row(seconds=seconds, sharing=sharing, merges=merges, **fields)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def recording() -> Recording:
-    """Five samples; before the first the merger had looked at 1000 pages already."""
-    rows = [
-        row(0.0, 0, 0, visits=1000, cpu_engine=2.0),
-        row(1.0, 10, 20, visits=1040, cpu_engine=2.5),
-        row(2.0, 40, 60, visits=1100, cpu_engine=3.0),
-        row(3.0, 30, 80, visits=1160, cpu_engine=3.5, pss=4096),
-        row(4.0, 0, 80, visits=1200, cpu_engine=4.0, present=0, opportunity=0),
-    ]
-    about = About(settings={"policy": "xlh & <more>"}, marks={"last <starts>": 1.5}, interval=1.0)
-    return Recording(rows, about, np.linspace(1, 9, 80, dtype=np.float32))
 
 
 def test_totals(recording: Recording) -> None:
@@ -85,15 +66,96 @@ def test_every_curve_is_inside_its_panel(recording: Recording) -> None:
             assert np.all((values >= bottom) & (values <= top) | np.isnan(values)), panel.get_title()
 
 
-def test_shown(recording: Recording, tmp_path: Path) -> None:
-    """A picture, and a page that holds it, escapes what it shows, and loads nothing."""
+def test_every_recording_is_drawn(recording: Recording) -> None:
+    """In a way that no other is, however many there are; and more than can be told apart are refused."""
+    few = {str(number): recording for number in range(7)}
+    assert len({style.color for _, style in styled(few)}) == 7
+    most = {str(number): recording for number in range(len(STYLES))}
+    assert [label for label, _ in styled(most)] == list(most)
+    assert len({style for _, style in styled(most)}) == len(most)
+    figure = draw(few, "")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(few)
+    for panel in figure.axes:
+        drawn = {str(line.get_gid()).rpartition("-")[0] for line in panel.get_lines()}
+        assert drawn == {f"run-{number}" for number in range(7)}, panel.get_title()
+    with pytest.raises(UdedupError, match="give 21 at most"):
+        draw(most | {"one more": recording}, "")
+
+
+def test_picture(recording: Recording, tmp_path: Path) -> None:
     recordings = {"ours": recording, "nothing": Recording(recording.rows[:1], recording.about, np.empty(0, "f4"))}
     write_png(recordings, "a title", tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(PNG)
-    write_html(recordings, "a <title>", tmp_path / "run.html")
-    page = (tmp_path / "run.html").read_text()
-    assert "<h1>a &lt;title&gt;</h1>" in page
-    assert "last &lt;starts&gt;" in page
-    assert "xlh &amp; &lt;more&gt;" in page
-    assert "<svg" in page
-    assert not any(word in page for word in ("<script", "<link", "<img", "@import", "url(http"))
+
+
+# ---- files that are none ----
+
+
+def broken(recording: Recording, file: Path, kind: str) -> None:
+    """Writes a file that is not quite a recording."""
+    recording.write(file)
+    table = pq.read_table(file)
+    metadata = table.schema.metadata
+    match kind:
+        case "empty":
+            file.write_bytes(b"")
+        case "text":
+            file.write_text("seconds,sharing\n1,2\n")
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "damaged":
+            content = bytearray(file.read_bytes())
+            content[4:2000] = bytes(1996)
+            file.write_bytes(content)
+        case "other":
+            pq.write_table(table.replace_schema_metadata({}), file)
+        case "columns":
+            pq.write_table(table.drop_columns(["seconds"]), file)
+        case "types":
+            words = pa.array([str(row.sharing) for row in recording.rows])
+            pq.write_table(table.set_column(table.schema.names.index("sharing"), "sharing", words), file)
+        case "about":
+            pq.write_table(table.replace_schema_metadata(metadata | {ABOUT: b"{"}), file)
+        case "latencies":
+            pq.write_table(table.replace_schema_metadata(metadata | {LATENCIES: b"123"}), file)
+        case "no samples":
+            pq.write_table(table.slice(0, 0), file)
+        case "order":
+            pq.write_table(table.take([1, 0, 2]), file)
+        case "no time":
+            rows = [msgspec.structs.replace(row, seconds=float("nan")) for row in recording.rows]
+            Recording(rows, recording.about, recording.latencies).write(file)
+        case "folder":
+            file.unlink()
+            file.mkdir()
+        case "none":
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("empty", "is no Parquet file, or a broken one: "),
+        ("text", "is no Parquet file, or a broken one: "),
+        ("cut", "is no Parquet file, or a broken one: "),
+        ("damaged", ""),
+        ("other", "is Parquet, but no recording of udedup's"),
+        ("columns", "is no recording of this version: Object missing required field `seconds`"),
+        ("types", "is no recording of this version: Expected `int`, got `str`"),
+        ("about", "is no recording of this version: "),
+        ("latencies", "is no recording of this version: "),
+        ("no samples", "has no sample in it"),
+        ("order", "its samples are not in the order of their times"),
+        ("no time", "its samples are not in the order of their times"),
+        ("folder", "can't be read: Is a directory"),
+        ("none", "can't be read: No such file or directory"),
+    ],
+)
+def test_no_recordings(recording: Recording, tmp_path: Path, kind: str, reason: str) -> None:
+    """One line, which names the file and what is wrong with it."""
+    file = tmp_path / "run.parquet"
+    broken(recording, file, kind)
+    with pytest.raises(UdedupError) as caught:
+        Recording.read(file)
+    assert str(caught.value).startswith(f"{file}: {reason}")
+    assert "\n" not in str(caught.value)

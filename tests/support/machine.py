@@ -85,6 +85,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "zsh": _program("zsh"),
     "fish": _program("fish"),
     "mandoc": _program("mandoc"),
+    "chromium": _program("chromium-headless-shell"),
     "mke2fs": _program("mke2fs"),
     "fuse2fs": _program("fuse2fs"),
     "cpython-tests": lambda: (

@@ -1,6 +1,7 @@
 """From the options of ``udedup engine`` to what an engine takes."""
 
 import argparse
+from pathlib import Path
 
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.config import EngineConfig
@@ -43,6 +44,8 @@ def engine_config(chosen: argparse.Namespace, service: Service) -> EngineConfig:
         agents_max=chosen.agents_max,
         answer_seconds=chosen.answer_seconds,
         retire_seconds=chosen.retire_seconds,
+        metrics=chosen.metrics.absolute() if isinstance(chosen.metrics, Path) else chosen.metrics,
+        metrics_group=chosen.metrics_group,
         map_count=chosen.max_map_count,
         pressure_files=() if chosen.pressure == "off" else None,
         drop_privileges=True,

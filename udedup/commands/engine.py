@@ -1,7 +1,10 @@
-"""Run the engine in the foreground: it tells wrapped programs which pages to share, and serves disk images."""
+"""Run the engine in the foreground: it tells wrapped programs which pages to share, and serves disk images.
+
+SIGTERM and SIGINT end it in order, SIGHUP has it read its settings again, and SIGUSR1 has it write what
+`udedup status --json` shows to status.json in its state directory.
+"""
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -14,6 +17,7 @@ from udedup.commands.options import (
     add_agent_options,
     add_backing_option,
     add_image_options,
+    add_metrics_options,
     add_state_option,
     allowed_domain,
     count,
@@ -104,7 +108,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--smart-scan",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="pass over pages that did not change, for up to 8 rounds (default: yes)",
+        help="pass over pages that never change, or always, for up to 8 rounds (default: yes)",
     )
     add_advisor_options(limits)
     add_agent_options(limits)
@@ -173,11 +177,18 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="raise vm.max_map_count to N while the engine runs: each run of shared pages is a mapping (root only)",
     )
+    add_metrics_options(parser)
     parser.add_argument(
         "--log-level",
         choices=("error", "warning", "info", "debug"),
         default="warning",
         help="what to log on stderr (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: each line is an object with time, level, logger and message (default: %(default)s)",
     )
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # end when this process does (`udedup run`)
 
@@ -195,11 +206,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    import logging
+
+    from udedup.commands import logs
+
     chosen = choose(args)
     if chosen.image and chosen.mount is None:
         args.subparser.error("--image needs --mount DIR to show it in")
+    logs.configure(chosen.log_level, chosen.log_format)
+    try:
+        _run_engine(args, chosen)
+    except UdedupError as error:
+        # In the log's format: who reads it need not know two.
+        logging.getLogger(__name__).critical("%s", error)
+        return 1
+    return 0
+
+
+def _run_engine(args: argparse.Namespace, chosen: argparse.Namespace) -> None:
     require_host()
-    logging.basicConfig(format="udedup: %(message)s", level=chosen.log_level.upper())
 
     import gc
 
@@ -222,7 +247,7 @@ def _serve(args: argparse.Namespace) -> int:
         # open_signal_receiver comes first: a signal during the start must already end it in order.
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             # Whatever mask was inherited, a service has to be stoppable.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
             async with trio.open_nursery() as nursery:
 
                 async def end_when_told() -> None:
@@ -230,8 +255,8 @@ def _serve(args: argparse.Namespace) -> int:
                         nursery.cancel_scope.cancel()
 
                 nursery.start_soon(end_when_told)
-                with reloading.listening() as reloads:
-                    await run_engine(config, on_ready=announce, reloads=reloads)
+                with reloading.listening() as reloads, trio.open_signal_receiver(signal.SIGUSR1) as dumps:
+                    await run_engine(config, on_ready=announce, reloads=reloads, dumps=dumps)
                 nursery.cancel_scope.cancel()
 
     reloading = Reloading(lambda: choose(args), service)
@@ -245,7 +270,6 @@ def _serve(args: argparse.Namespace) -> int:
         if mendable is None or other is not None:
             raise
         raise _first(mendable) from None
-    return 0
 
 
 def choose(args: argparse.Namespace) -> argparse.Namespace:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from udedup.engine.addresses import Loopback
 from udedup.engine.policies import RATIO_MAX
 from udedup.labels import LABEL_BYTES_MAX, RESERVED
 from udedup.places import engine_socket, state_directory
@@ -29,6 +30,18 @@ def add_socket_option(parser: argparse.ArgumentParser) -> None:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``[PID]`` and ``--resume`` to a command that stops merging."""
+    parser.add_argument(
+        "pid", type=count(1), nargs="?", metavar="PID", help="only in this process (default: in every one)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="the contrary: let the merging go on that pause or unmerge stopped",
+    )
 
 
 def add_advisor_options(parser: "Container") -> None:
@@ -90,6 +103,21 @@ def add_agent_options(parser: "Container") -> None:
         default=2.0,
         metavar="SECONDS",
         help="pause between two looks for parts of the store that are hardly used any more (default: %(default)g)",
+    )
+
+
+def add_metrics_options(parser: argparse.ArgumentParser) -> None:
+    """Adds where metrics can be asked for, and by whom."""
+    parser.add_argument(
+        "--metrics",
+        type=metrics_address,
+        metavar="ADDRESS",
+        help="answer Prometheus there: at the PATH of a Unix socket, for the engine's user alone, or at [HOST:]PORT of "
+        "this machine, where all its users see pids, names and figures of all programs (default: nowhere; "
+        "`udedup help metrics`)",
+    )
+    parser.add_argument(
+        "--metrics-group", type=group, metavar="GROUP", help="let this group's users connect to the socket at PATH"
     )
 
 
@@ -211,6 +239,18 @@ def socket_mode(text: str) -> int:
     if not (text and set(text) <= set("01234567") and int(text, 8) & ~0o666 == 0):
         raise argparse.ArgumentTypeError(f"{text!r} is no mode of a socket: give three octal digits such as 660 or 666")
     return int(text, 8)
+
+
+def metrics_address(text: str) -> Path | Loopback:
+    """Parses a path, which has a slash, or ``[HOST:]PORT`` of this machine."""
+    if "/" in text:
+        return Path(text)
+    try:
+        return Loopback.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} {error}: give the path of a socket, with a slash, or [HOST:]PORT"
+        ) from None
 
 
 def group(text: str) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import trio
 
+from udedup.commands import logs
 from udedup.commands.configuration import engine_config
 from udedup.engine.config import EngineConfig
 from udedup.engine.service import Service
@@ -47,7 +48,7 @@ class Reloading:
             except UdedupError as error:
                 log.warning("settings stay as they are: %s", error)
                 continue
-            logging.getLogger().setLevel(chosen.log_level.upper())
+            logs.configure(chosen.log_level, chosen.log_format)
             yield engine_config(chosen, self._service)
 
 

@@ -18,7 +18,17 @@ _PAGES = (
     "full_scans",
     "pages_to_scan",
 )
-_WORK = ("hints", "merges", "breaks", "blocks", "lead_time_seconds", "cpu_seconds", "pressure")
+_WORK = (
+    "hints",
+    "merges",
+    "breaks",
+    "blocks",
+    "lead_time_seconds",
+    "cpu_seconds",
+    "pressure",
+    "agents_total",
+    "refused",
+)
 _AGENT_COLUMNS = ("pid", "uid", "domain", "pages_sharing", "zero_pages", "runs", "vmas", "merging", "command")
 _IMAGE_COLUMNS = ("name", "format", "size", "path")
 _WORDS = frozenset({"domain", "command", "name", "format", "path"})

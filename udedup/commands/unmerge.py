@@ -2,26 +2,29 @@
 
 import argparse
 
-from udedup.commands.options import add_socket_option, count
+from udedup.commands.options import add_process_options, add_socket_option
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``udedup unmerge``."""
     add_socket_option(parser)
-    parser.add_argument(
-        "pid", type=count(1), nargs="?", metavar="PID", help="only in this process (default: in every one)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="the contrary: let the merging go on that this command stopped"
-    )
+    add_process_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Asks the engine and prints how many pages are private again, or how many programs may merge again."""
+    if args.resume:
+        return resume(args)
+
     from udedup.engine.control import request
 
-    if args.resume:
-        print(f"{request(args.socket, {'op': 'merge', 'pid': args.pid})} programs may share memory again")
-    else:
-        print(f"{request(args.socket, {'op': 'unmerge', 'pid': args.pid})} pages are private again")
+    print(f"{request(args.socket, {'op': 'unmerge', 'pid': args.pid})} pages are private again")
+    return 0
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Lets the merging go on that ``unmerge`` or ``pause`` stopped."""
+    from udedup.engine.control import request
+
+    print(f"{request(args.socket, {'op': 'merge', 'pid': args.pid})} programs may share memory again")
     return 0

@@ -18,9 +18,18 @@ class LeadTimes:
     def __init__(self) -> None:
         self.histogram = ffi.new("uint64_t[]", lib.UDD_LEAD_BUCKETS)
 
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return sum(self.histogram)
+
+    def below(self, exponent: int) -> int:
+        """How many were shorter than 2 to the power of ``exponent`` ns; at least 2."""
+        return sum(self.histogram[0 : 4 * exponent])
+
     def percentile(self, fraction: float) -> float | None:
         """Upper end, s, of the bucket that the given part of all merges lies at or below; None if there were none."""
-        total = sum(self.histogram)
+        total = self.total
         if not total:
             return None
         seen = 0
@@ -122,6 +131,15 @@ class Counters:
     agents_dropped: int = 0
     """Agents that lied, or did not answer."""
 
+    agents_silent: int = 0
+    """Of these: those that did not answer."""
+
+    connections_refused: int = 0
+    """Connections that did not get to join or to ask: nonsense, another version, a label not allowed, too many."""
+
+    requests_refused: int = 0
+    """Control requests that were none."""
+
     segments_retired: int = 0
     """Segments."""
 
@@ -219,7 +237,16 @@ class AgentsStatus(msgspec.Struct, frozen=True):
 
     joined: int
     dropped: int
-    """Those that lied, or did not answer."""
+    """Those that lied, or did not answer …"""
+    silent: int
+    """… and of these, those that did not answer."""
+
+
+class RefusedStatus(msgspec.Struct, frozen=True):
+    """What was not even begun; see Counters."""
+
+    connections: int
+    requests: int
 
 
 class PressureStatus(msgspec.Struct, frozen=True):
@@ -252,7 +279,7 @@ class MemoryStatus(msgspec.Struct, frozen=True):
     """Memory that udedup itself uses, bytes."""
 
     engine: int
-    """Pss of the engine without the store."""
+    """Pss of the engine without the store; some seconds old, if the kernel's figures were not asked for."""
 
     agents: int
     """As agents say, plus the shared areas."""
@@ -319,6 +346,8 @@ class LimitStatus(msgspec.Struct, frozen=True):
     """Of one processor, for engine and agents together; None: no limit."""
     hint_slots: int
     """Pages on the hint stack."""
+    vmas: int
+    """Mappings of one process, from which on nothing more is merged in it."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -360,6 +389,7 @@ class Status(msgspec.Struct, frozen=True):
     index: IndexStatus
     blocks: BlockStatus
     agents_total: AgentsStatus
+    refused: RefusedStatus
     pressure: PressureStatus
     kernel: KernelStatus | None
     """None if the request left it out."""

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import msgspec
 import trio
 
+from udedup.engine.accounting import Counters
 from udedup.engine.control import CHUNK_BYTES, LAST, MORE, REQUEST_BYTES_MAX
 from udedup.engine.link import Peer
 from udedup.errors import UdedupError
@@ -122,10 +123,17 @@ class Client:
 
     _decoder: ClassVar[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
 
-    def __init__(self, sock: socket.socket, peer: Peer, perform: Callable[[Request, Peer], Awaitable[object]]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: Peer,
+        perform: Callable[[Request, Peer], Awaitable[object]],
+        counters: Counters,
+    ) -> None:
         self._socket = sock
         self._peer = peer
         self._perform = perform
+        self._counters = counters
 
     async def serve(self, packet: bytes) -> None:
         """Answers ``packet`` and what follows, until the client leaves or stops reading."""
@@ -141,6 +149,7 @@ class Client:
         try:
             request = self._decoder.decode(packet)
         except msgspec.DecodeError as error:
+            self._counters.requests_refused += 1
             return _refuse(f"the engine did not understand the request: {error}")
         try:
             result = await self._perform(request, self._peer)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import attrs
 
+from udedup.engine.addresses import Loopback
 from udedup.engine.advisor import ScanTimeTarget
 from udedup.engine.headroom import part_left
 from udedup.engine.native import lib
@@ -75,7 +76,7 @@ class EngineConfig:
     """Pages the hint stack holds."""
 
     smart_scan: bool = True
-    """Whether the linear scan passes over pages that did not change, for up to 8 rounds (as in KSM)."""
+    """Whether the linear scan passes over pages that never change (as in KSM), or always, for up to 8 rounds."""
 
     zero_pages: bool = True
     """Merge all-zero pages with the kernel's zero page."""
@@ -102,6 +103,12 @@ class EngineConfig:
 
     answer_seconds: float = 10.0
     """How long an agent may take to answer before it is dropped, s."""
+
+    metrics: Path | Loopback | None = None
+    """Where metrics can be asked for; None: nowhere."""
+
+    metrics_group: int | None = None
+    """Gid that may do so, where that is a path; None: the engine's user alone."""
 
     map_count: int | None = None
     """Value to raise vm.max_map_count to while the engine runs (root only); None: leave it."""
@@ -156,6 +163,8 @@ class EngineConfig:
         for directory in self.allow_backing:
             if not directory.is_dir():
                 raise UdedupError(f"backing directory {directory}: is no directory")
+        if self.metrics_group is not None and not isinstance(self.metrics, Path):
+            raise UdedupError("a group for the metrics is given, but no path of a socket that it could be the group of")
         if self.images and self.mount is None:
             raise UdedupError("images are given but no mount directory to show them in")
 

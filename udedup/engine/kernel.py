@@ -1,11 +1,16 @@
 """What the kernel says about memory: the check on the engine's own account."""
 
 import os
+import time
 from collections.abc import Iterable
 
 import attrs
 
 from udedup.engine.native import ffi, lib
+
+OWN_SECONDS = 5.0
+"""Reading the engine's own smaps walks all its pages, a millisecond or more: most of what an answer to ``status``
+costs, and some ask every second. So the figures may be so old."""
 
 
 @attrs.frozen
@@ -41,6 +46,21 @@ def read_smaps(pid: int | None) -> Smaps:
         merged_rss=sums.merged_rss,
         merged_anonymous=sums.merged_anonymous,
     )
+
+
+@attrs.define
+class OwnSmaps:
+    """The engine's."""
+
+    _smaps: Smaps | None = None
+    _read_at: float = 0.0
+
+    def look(self) -> Smaps:
+        """At most ``OWN_SECONDS`` old."""
+        now = time.monotonic()
+        if self._smaps is None or now - self._read_at > OWN_SECONDS:
+            self._smaps, self._read_at = read_smaps(None), now
+        return self._smaps
 
 
 @attrs.frozen

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from udedup.engine.native import lib
-from udedup.engine.wire import HEADER, PACKET_MAX, AgentError
+from udedup.engine.wire import HEADER, PACKET_MAX, AgentError, SilentError
 
 
 class LinkClosedError(Exception):
@@ -122,7 +122,7 @@ class Link:
         takes_memfd: bool = False,
         seconds: float | None = None,
     ) -> Answer:
-        """Asks and returns the answer. Raises AgentError if there is none in time (``seconds``, else the default).
+        """Asks and returns the answer. Raises SilentError if there is none in time (``seconds``, else the default).
 
         With ``takes_memfd`` the answer may come with one memfd, which is the caller's to close then.
         """
@@ -144,7 +144,7 @@ class Link:
                 break
         answer, self._answer = self._answer, None
         if answer is None:
-            raise AgentError(f"it did not answer request {kind} within {limit:g} s")
+            raise SilentError(f"it did not answer request {kind} within {limit:g} s")
         return answer
 
     async def _send(self, message: bytes, descriptor: int | None) -> None:

@@ -6,7 +6,9 @@
   spurts, too (see lending.py).
 - ``eager``: the same, but hints are served at once, out of the allowance of up to half a minute ahead, which the scan
   gives back later; and a block of an image is put into the store, and its reader merged with it, at its first read, so
-  that the next reader finds it there (as Satori, USENIX ATC 2009, does at the block device).
+  that the next reader finds it there (as Satori, USENIX ATC 2009, does at the block device). The scan looks a page up
+  at its first sight of it, too, not only in the next round if it has kept still: what a kernel unpacks into its memory
+  at boot is seldom written again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +37,9 @@ class Policy(NamedTuple):
     shares_first_read: bool = False
     """Whether an image block that is in one place only is shared with the store."""
 
+    first_sight: bool = False
+    """Whether the linear scan looks up pages that it sees for the first time."""
+
     lends: bool = True
     """Whether hints may have the linear scan's spurts, too, while it finds less."""
 
@@ -49,6 +54,8 @@ class Policy(NamedTuple):
 POLICIES: Mapping[str, Callable[[int, int], Policy]] = {
     "linear": lambda _hint_runs, _scan_runs: Policy(0, 1, rests=False),
     "xlh": Policy,
-    "eager": lambda hint_runs, scan_runs: Policy(hint_runs, scan_runs, EAGER_AHEAD_SECONDS, shares_first_read=True),
+    "eager": lambda hint_runs, scan_runs: Policy(
+        hint_runs, scan_runs, EAGER_AHEAD_SECONDS, shares_first_read=True, first_sight=True
+    ),
 }
 """Made from the ratio of hint spurts to scan spurts."""

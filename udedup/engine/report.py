@@ -21,6 +21,7 @@ from udedup.engine.accounting import (
     MemoryStatus,
     MergeStatus,
     PressureStatus,
+    RefusedStatus,
     Status,
     StoreStatus,
 )
@@ -28,7 +29,7 @@ from udedup.engine.agent import Agent, agents_cpu_seconds
 from udedup.engine.config import EngineConfig
 from udedup.engine.domain import Domain
 from udedup.engine.hints import HintStack
-from udedup.engine.kernel import KernelView, read_smaps
+from udedup.engine.kernel import KernelView, OwnSmaps
 from udedup.engine.pressure import Level, PressureState
 
 
@@ -72,18 +73,20 @@ def status(
     counters: Counters,
     uptime: float,
     pages_to_scan: int,
+    vma_limit: int,
     hints: HintStack,
     everything: bool,
     pressure: PressureState | None,
     agents: list[Agent],
     domains: Collection[Domain],
     images: list[ImageStatus],
+    own: OwnSmaps,
     kernel: KernelView | None,
 ) -> Status:
     """Everything about these agents and domains.
 
-    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``everything``: the asker may know what the
-    hint stack holds of all; ``pressure``: None if it isn't watched.
+    ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``vma_limit``: of each process; ``everything``:
+    the asker may know what the hint stack holds of all; ``pressure``: None if it isn't watched.
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -92,7 +95,7 @@ def status(
     zero = sum(agent.area.stats.zero_pages for agent in agents)
     candidates = sum(domain.index.candidates for domain in domains)
     saved = (max(0, merged - shared) + zero) * PAGE
-    engine = read_smaps(None) if kernel is None else kernel.engine
+    engine = own.look() if kernel is None else kernel.engine
     memory = MemoryStatus(
         engine=engine.pss - engine.store_pss,
         agents=sum(agent.area.stats.memory_bytes + agent.area.resident_bytes for agent in agents),
@@ -117,6 +120,7 @@ def status(
             sleep_millisecs=config.sleep_millisecs,
             cpu_percent=None if config.advisor is None else config.advisor.max_cpu,
             hint_slots=config.hint_slots,
+            vmas=vma_limit,
         ),
         zero_pages=zero,
         bytes_saved=saved,
@@ -167,7 +171,10 @@ def status(
             entered=counters.blocks.entered,
             differing=counters.blocks.differing,
         ),
-        agents_total=AgentsStatus(joined=counters.agents_joined, dropped=counters.agents_dropped),
+        agents_total=AgentsStatus(
+            joined=counters.agents_joined, dropped=counters.agents_dropped, silent=counters.agents_silent
+        ),
+        refused=RefusedStatus(connections=counters.connections_refused, requests=counters.requests_refused),
         pressure=_pressure_status(pressure),
         kernel=None
         if kernel is None

@@ -8,6 +8,9 @@ whatever the policy (XLH, USENIX ATC 2013).
 A linear scan that finds nothing any more, in memory that keeps still, makes longer pauses (calm.py), unless an advisor
 sets the rate.
 
+A step of the linear scan may have to wait for an agent. Hints are served meanwhile, as far as the policy gives them
+pages now: nobody waits because somebody else is slow.
+
 Without a rate limit spurts follow each other at once, until the linear scan has gone through all memory without merging
 anything: it then rests, longer each time, while hints are still served the moment they come in.
 """
@@ -21,6 +24,7 @@ import trio
 from udedup.engine.advisor import Pace
 from udedup.engine.calm import Calm
 from udedup.engine.lending import Lending
+from udedup.engine.meanwhile import Meanwhile
 from udedup.engine.policies import Policy
 
 REST_FIRST = 0.02
@@ -33,8 +37,9 @@ REST_PER_ROUND = 3.0
 """… and otherwise this many times what the round took: a fruitless scan then takes at most a quarter of a CPU."""
 
 
-REPAY_SHARE = (7, 8)
-"""Part of what a spurt has left that goes to pages used ahead of time: hints never stop the linear scan altogether."""
+REPAY_SHARE = (1, 4)
+"""Part of what a spurt has left that goes to pages used ahead of time. A burst of reads is paid back within minutes,
+and the linear scan, which alone finds what was not read, goes on behind it."""
 
 
 TOGETHER_SECONDS = 0.2
@@ -123,8 +128,11 @@ class Scheduler:
         """No hints came of late."""
         self._debt = 0
         """Pages that hints have used ahead of time."""
+        self._unused = 0
+        """Of the pages that hints had in this spurt, and left to the scan: they are theirs again if hints come."""
         self._lending = Lending()
         self._calm = Calm()
+        self._meanwhile = Meanwhile(self._serve_meanwhile)
         self._between = trio.CancelScope()
         """Around what is waited for between spurts."""
 
@@ -138,6 +146,12 @@ class Scheduler:
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            if self._policy.hint_runs:
+                nursery.start_soon(self._meanwhile.run)
+            await self._go_on()
+
+    async def _go_on(self) -> None:
         self._begin_round(trio.current_time())
         self._round_cpu = self._workload.cpu_seconds
         due = 1
@@ -173,23 +187,29 @@ class Scheduler:
         if self._policy.hint_runs and self._policy.lends:
             lent = self._lending.lent(scan_pages)
             hint_pages, scan_pages = hint_pages + lent, scan_pages - lent
-        left = 0
+        left = self._unused = 0
         if hint_pages:
-            hinted = await self._workload.visit_hints(hint_pages + self._room_ahead())
-            self._quiet = self._quiet and hinted == 0
-            self._round_visited += hinted
-            self._lending.hints.note(hinted, self._workload.matched_hinted)
+            hinted = await self._visit_hints(hint_pages + self._room_ahead())
+            self._unused = max(0, hint_pages - hinted)
             left = self._settle(hint_pages - hinted)
         left += self._settle(scan_pages)
         if left <= 0 or trio.current_time() < self._rests_until:
             return 0
         return await self._scan(left)
 
+    async def _visit_hints(self, pages: int) -> int:
+        hinted = await self._workload.visit_hints(pages)
+        self._quiet = self._quiet and hinted == 0
+        self._round_visited += hinted
+        self._lending.hints.note(hinted, self._workload.matched_hinted)
+        return hinted
+
     async def _scan(self, left: int) -> int:
         """Takes the linear scan on by so many pages; returns how many rounds ended."""
         rounds = 0
         while left > 0:
-            step = await self._workload.scan(left)
+            with self._meanwhile.step():
+                step = await self._workload.scan(left)
             self._round_visited += step.visited
             matched = self._workload.matched_scanned
             self._lending.scan.note(step.visited, matched)
@@ -210,6 +230,21 @@ class Scheduler:
         if rounds and not self._sleep:
             self._end_round()
         return rounds
+
+    async def _serve_meanwhile(self) -> None:
+        """Serves hints beside a step of the scan that waits for somebody. The scan has their pages back later."""
+        while pages := self._room_meanwhile():
+            await self._workload.wait_for_change(hints=True)
+            # Once taken, they have to be charged.
+            with trio.CancelScope(shield=True):
+                hinted = await self._visit_hints(pages)
+            if self._sleep:
+                self._unused = max(0, self._unused - hinted)
+                self._debt += hinted
+
+    def _room_meanwhile(self) -> int:
+        """Pages that hints may take now beside a step of the scan."""
+        return self._unused + self._room_ahead() if self._sleep else self._pace.pages_to_scan
 
     async def _sleep_on(self) -> int:
         """Sleeps between spurts; returns how many spurts are due then: several, while there are no hints."""

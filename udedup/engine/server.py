@@ -14,14 +14,14 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
-from udedup.engine import clients, kernel, maplimit, privileges, psi, reload, report
+from udedup.engine import clients, dump, kernel, maplimit, privileges, psi, reload, report
 from udedup.engine.accounting import Counters, ImageStatus, Status
 from udedup.engine.advisor import FixedPace, Pace, ScanTimePace
 from udedup.engine.agent import UNMERGE_SECONDS, Agent, SharedArea
@@ -59,11 +59,13 @@ from udedup.engine.wire import (
     AgentError,
     Hello,
     OtherVersionError,
+    SilentError,
     parse_hello,
     refusal,
     welcome,
 )
 from udedup.errors import UdedupError
+from udedup.extras import needing
 
 if TYPE_CHECKING:
     from udedup.engine.cloning import Cloning
@@ -105,6 +107,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._started = time.monotonic()
+        self._own_smaps = kernel.OwnSmaps()
         self.counters = Counters()
         self.shortage = Shortage()
         self.hints = HintStack(config.hint_slots)
@@ -184,6 +187,7 @@ class Engine:
                 if self._guests.comes(peer.uid):
                     nursery.start_soon(self._serve, sock, peer)
                 else:
+                    self.counters.connections_refused += 1
                     sock.close()
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -195,7 +199,7 @@ class Engine:
             # Not earlier: who is refused before it said hello can't read why.
             self._guests.check_room(peer.uid)
             if packet.startswith(b"{"):
-                await Client(sock, peer, self._perform).serve(packet)
+                await Client(sock, peer, self._perform, self.counters).serve(packet)
             elif packet:
                 hello = parse_hello(packet)
                 if not await self._guests.turn(peer.uid, JOIN_SECONDS):
@@ -227,6 +231,7 @@ class Engine:
                 sock.close()
 
     def _refuse(self, sock: socket.socket, reason: str) -> None:
+        self.counters.connections_refused += 1
         try:
             send(sock, refusal(lib.UDD_REFUSED, reason), [])
         except OSError as error:
@@ -250,6 +255,7 @@ class Engine:
         except AgentError as error:
             farewell = str(error)
             self.counters.agents_dropped += 1
+            self.counters.agents_silent += isinstance(error, SilentError)
             log.log(self._guests.heard_of(peer.uid), "%s dropped: %s", agent, error)
         finally:
             if farewell is not None:
@@ -336,6 +342,8 @@ class Engine:
         flags: int = lib.UDD_CONFIG_ZERO_PAGES if self.config.zero_pages else 0
         if self.config.chosen_policy.hint_runs:
             flags |= lib.UDD_CONFIG_HINTS
+        if self.config.chosen_policy.first_sight:
+            flags |= lib.UDD_CONFIG_FIRST_SIGHT
         if self.config.smart_scan:
             flags |= lib.UDD_CONFIG_SMART_SCAN
         if quiet:
@@ -377,14 +385,14 @@ class Engine:
                 clients.require_owner(peer, "making or changing clones")
                 return await self._clone(request)
             case UnmergeRequest(pid=pid):
-                return await self._unmerge(self._chosen(pid, peer))
+                return await self._unmerge(self._chosen(pid, peer, "unmerging"))
             case PauseRequest(pid=pid):
-                chosen = self._chosen(pid, peer)
+                chosen = self._chosen(pid, peer, "pausing")
                 for agent in chosen:
                     agent.paused = agent.paused or "paused on request"
                 return len(chosen)
             case MergeRequest(pid=pid):
-                chosen = self._chosen(pid, peer)
+                chosen = self._chosen(pid, peer, "resuming")
                 for agent in chosen:
                     agent.paused = ""
                 return len(chosen)
@@ -410,6 +418,7 @@ class Engine:
             counters=self.counters if everything else Counters(),
             uptime=time.monotonic() - self._started,
             pages_to_scan=self.pace.pages_to_scan,
+            vma_limit=self._vma_limit,
             hints=self.hints,
             everything=everything,
             pressure=self.pressure if self.pressure_files else None,
@@ -426,20 +435,21 @@ class Engine:
                 )
                 for image in (self.images or () if everything else ())
             ],
+            own=self._own_smaps,
             kernel=view,
         )
 
-    def _chosen(self, pid: int | None, peer: Peer) -> list[Agent]:
-        """Agents a request is about. Raises UdedupError if they are not the asker's business."""
+    def _chosen(self, pid: int | None, peer: Peer, what: str) -> list[Agent]:
+        """Agents a request is about. Raises UdedupError if doing ``what`` to them is not the asker's business."""
         if pid is None:
-            clients.require_owner(peer, "unmerging all processes")
+            clients.require_owner(peer, f"{what} all processes")
             return self.agents
         chosen = [agent for agent in self.agents if agent.peer.pid == pid]
         if not chosen:
             raise UdedupError(f"no wrapped process has pid {pid}: see `udedup status`")
         for agent in chosen:
             if peer.uid != agent.peer.uid:
-                clients.require_owner(peer, f"unmerging a process of uid {agent.peer.uid}")
+                clients.require_owner(peer, f"{what} a process of uid {agent.peer.uid}")
         return chosen
 
     async def _unmerge(self, agents: Sequence[Agent]) -> int:
@@ -586,10 +596,12 @@ async def run_engine(
     *,
     on_ready: Callable[[Ready], None],
     reloads: AsyncIterable[EngineConfig] | None = None,
+    dumps: AsyncIterable[object] | None = None,
 ) -> None:
     """Runs an engine until cancelled; ``on_ready`` is called once the socket and the mount serve.
 
-    ``reloads`` brings other settings while it runs (see ``udedup.engine.reload``).
+    ``reloads`` brings other settings while it runs (see ``udedup.engine.reload``), and each of ``dumps`` has it write
+    what it is at into its state directory, if it has one (see ``udedup.engine.dump``).
     At the end the mount and the socket file are gone, and agents are left merged and on their own. Raises UdedupError
     (perhaps in an exception group) for what a person can put right.
     """
@@ -597,6 +609,7 @@ async def run_engine(
     _allow_descriptors()
     with (
         _listener(config) as listener,
+        _metrics_socket(config) as metrics_socket,
         maplimit.raised(config.map_count),
         closing(Engine(config)) as engine,
         psi.PressureFiles(engine.pressure_files, period=PERIOD) as pressure,
@@ -628,10 +641,16 @@ async def run_engine(
                 watch = PressureWatch(pressure, caches, engine.pressure, part_left=config.part_left)
                 nursery.start_soon(watch.run)
             nursery.start_soon(engine.accept, listener)
+            if metrics_socket is not None:
+                from udedup.engine.metrics import endpoint
+
+                nursery.start_soon(endpoint(engine).serve, metrics_socket)
             on_ready(Ready(config.socket, config.mount))
             nursery.start_soon(config.service.show_life)
             if reloads is not None:
                 nursery.start_soon(reload.follow, reloads, engine, scheduler)
+            if dumps is not None and config.state_dir is not None:
+                nursery.start_soon(dump.follow, dumps, engine, config.state_dir)
             with config.service.serving():
                 await trio.sleep_forever()
 
@@ -640,6 +659,15 @@ def _listener(config: EngineConfig) -> AbstractContextManager[socket.socket]:
     if config.service.listener is not None:
         return config.service.listening()
     return listening(config.socket, config.socket_mode, config.socket_group)
+
+
+def _metrics_socket(config: EngineConfig) -> AbstractContextManager[socket.socket | None]:
+    """Where to answer for metrics. Raises UdedupError."""
+    if config.metrics is None:
+        return nullcontext()
+    with needing("metrics", "--metrics"):
+        from udedup.engine.metrics import metrics_socket
+    return metrics_socket(config.metrics, config.metrics_group)
 
 
 def _pace(config: EngineConfig, pressure: PressureState) -> Pace:

@@ -51,6 +51,10 @@ class AgentError(Exception):
     """An agent did what it can't have done in good faith, or did nothing: it is dropped. The text says what."""
 
 
+class SilentError(AgentError):
+    """An agent did not answer in time."""
+
+
 class OtherVersionError(AgentError):
     """An agent speaks another version of the protocol: it is left alone."""
 

@@ -1,38 +1,85 @@
-"""The paper's figures: merged over time against the opportunity, latency, visits per merge, CPU."""
+"""The paper's figures: merged over time against the opportunity, lead times, visits per merge, CPU, and memory."""
 
 import io
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import attrs
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from udedup.errors import UdedupError
 from udedup.record.recording import Recording
 
-COLORS: Final = ("tab:blue", "tab:orange", "tab:green", "tab:red")
-INCHES: Final = (12.0, 8.0)
+MIB: Final = 1 << 20
 MOVING_SECONDS: Final = 10.0
 """CPU is shown as the mean over so long."""
 
+LATENCY_STEPS: Final = 2000
+"""Steps of a curve that may have millions."""
+
+
+@attrs.frozen
+class Style:
+    """How one recording looks in all panels."""
+
+    color: str
+    line: tuple[float, tuple[float, ...] | None]
+    """As matplotlib has it: where it begins, and lengths of dashes and gaps in points (None: solid)."""
+
+
+STYLES: Final = tuple(
+    Style(color, line)
+    for line, color in itertools.product(
+        # Lines first: nobody confuses the first seven. Colours: Okabe and Ito's, which all eyes can tell apart.
+        ((0.0, None), (0.0, (6.0, 2.0)), (0.0, (8.0, 2.0, 2.0, 2.0))),
+        ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444"),
+    )
+)
+"""There can be so many recordings in a picture."""
+
+
+@attrs.frozen
+class Panel:
+    """One figure."""
+
+    name: str
+    """Short, for ids."""
+
+    title: str
+    axis: str
+    """What its y axis shows, with the unit."""
+
+    about: str
+    """How to read it, a sentence."""
+
+    draw: Callable[[Axes, Recording, Style], Iterator[Line2D]]
+    """Draws one recording, and gives what it drew."""
+
+    from_zero: bool = False
+    """Whether the y axis begins at 0."""
+
+    over_time: bool = True
+    """Whether the x axis is seconds since the recording began; else ``draw`` says what it is."""
+
 
 def draw(recordings: Mapping[str, Recording], title: str) -> Figure:
-    """Four panels; each recording has one colour. The keys are their labels."""
-    figure = Figure(figsize=INCHES, layout="constrained")
-    FigureCanvasAgg(figure)
+    """All panels; each recording has a style of its own. The keys are their labels. Raises UdedupError if too many."""
+    figure = _figure(14.0, 12.0)
     figure.suptitle(title)
-    panels = figure.subplots(2, 2)
-    draws = (_sharing, _latency, _visits, _cpu)
-    for panel, panel_draw in zip(panels.flat, draws, strict=True):
-        for color, (label, recording) in zip(COLORS, recordings.items(), strict=False):
-            panel_draw(panel, label, recording, color)
-        if panel_draw in (_sharing, _cpu):
-            # Not before all is drawn: the upper end would stay where it is then.
-            panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+    axes = figure.subplot_mosaic([["sharing", "sharing"], ["latency", "visits"], ["cpu", "pss"]])
+    for panel in PANELS:
+        _fill(panel, axes[panel.name], recordings)
+        axes[panel.name].set_title(panel.title)
+    handles = [Line2D([], [], label=label, color=style.color, ls=style.line) for label, style in styled(recordings)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -41,55 +88,133 @@ def write_png(recordings: Mapping[str, Recording], title: str, file: Path) -> No
     draw(recordings, title).savefig(file, format="png", dpi=110)
 
 
-def svg(recordings: Mapping[str, Recording], title: str) -> str:
-    """:func:`draw` as an SVG element."""
+def svg(panel: Panel, recordings: Mapping[str, Recording], inches: tuple[float, float]) -> str:
+    """One panel as an SVG element of an HTML page, without title and legend.
+
+    What belongs to the recording of number N is in elements whose ids have ``-run-N-``. No label is in it.
+    """
+    figure = _figure(*inches)
+    _fill(panel, figure.subplots(), recordings)
     text = io.StringIO()
-    draw(recordings, title).savefig(text, format="svg")
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    # Text as text, in the page's own font; the same ids each time.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    element = text.getvalue()[text.getvalue().index("<svg") :]
+    # Several such elements are in one page.
+    return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{panel.name}-", element)
 
 
-def _sharing(panel: Axes, label: str, recording: Recording, color: str) -> None:
+def styled(recordings: Mapping[str, Recording]) -> Iterator[tuple[str, Style]]:
+    """The labels, each with its style. Raises UdedupError if there are more than styles."""
+    if len(recordings) > len(STYLES):
+        raise UdedupError(f"{len(recordings)} recordings can't be told apart in a picture: give {len(STYLES)} at most")
+    return zip(recordings, STYLES, strict=False)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """In inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _fill(panel: Panel, axes: Axes, recordings: Mapping[str, Recording]) -> None:
+    for number, (label, style) in enumerate(styled(recordings)):
+        for part, line in enumerate(panel.draw(axes, recordings[label], style)):
+            line.set_gid(f"run-{number}-{part}")
+    if panel.from_zero:
+        # Not before all is drawn: the upper end would stay where it is then.
+        axes.set_ylim(bottom=0)
+    if panel.over_time:
+        axes.set_xlim(left=0)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel(panel.axis)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _sharing(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     seconds = recording.column("seconds")
-    panel.plot(seconds, recording.column("sharing"), color=color, label=f"{label}: merged")
-    panel.plot(seconds, recording.column("opportunity"), color=color, ls=":", lw=1, label=f"{label}: could be")
+    yield from axes.plot(seconds, recording.column("sharing"), lw=1.8, color=style.color, ls=style.line)
+    yield from axes.plot(seconds, recording.column("opportunity"), color=style.color, ls=":", lw=1.1)
     for at in recording.about.marks.values():
-        panel.axvline(at, color=color, lw=0.5, alpha=0.5)
-    panel.set(xlabel="seconds", ylabel="pages", title="Pages saved, and that could be (marks: starts and ends of work)")
+        yield axes.axvline(at, color=style.color, lw=0.6, alpha=0.4)
 
 
-def _latency(panel: Axes, label: str, recording: Recording, color: str) -> None:
+def _latency(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     values = np.sort(recording.latencies)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("seconds from content in place to merged")
     if len(values):
+        axes.set_xscale("log")
         part = np.arange(1, len(values) + 1) / len(values)
-        shown = np.unique(np.linspace(0, len(values) - 1, 2000).astype(int))
-        panel.step(values[shown], part[shown], color=color, where="post", label=f"{label}: {len(values)} merges")
-    else:
-        panel.plot([], [], color=color, label=f"{label}: no merges")
-    panel.set_xscale("log")
-    panel.set(xlabel="seconds from content in place to merged", ylabel="part of all merges", title="Merge latency")
-    panel.set_ylim(0, 1)
+        shown = np.unique(np.linspace(0, len(values) - 1, LATENCY_STEPS).astype(int))
+        yield from axes.step(values[shown], part[shown], where="post", color=style.color, ls=style.line)
 
 
-def _visits(panel: Axes, label: str, recording: Recording, color: str) -> None:
+def _visits(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     visits, merges = recording.column("visits"), recording.column("merges")
-    seconds = recording.column("seconds")
-    some = merges > 0
-    panel.plot(seconds[some], (visits - visits[0])[some] / merges[some], color=color, label=label)
-    panel.set(xlabel="seconds", ylabel="visits / merge, so far", title="Pages visited per merge")
-    panel.set_yscale("log")
+    visits = visits - visits[0]
+    some = (merges > 0) & (visits > 0)
+    if some.any():
+        axes.set_yscale("log")
+        quotient = visits[some] / merges[some]
+        yield from axes.plot(recording.column("seconds")[some], quotient, color=style.color, ls=style.line)
 
 
-def _cpu(panel: Axes, label: str, recording: Recording, color: str) -> None:
+def _cpu(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     seconds = recording.column("seconds")
-    parts = {
-        "engine + agents": recording.column("cpu_engine") + recording.column("cpu_agents"),
-        "ksmd": recording.column("cpu_ksmd"),
-    }
-    for name, cpu in parts.items():
-        if cpu[-1] == cpu[0]:
-            continue
-        before = np.searchsorted(seconds, seconds - MOVING_SECONDS)
-        span = np.maximum(seconds - seconds[before], 1e-9)
-        share = np.where(span > MOVING_SECONDS / 2, (cpu - cpu[before]) / span * 100, np.nan)
-        panel.plot(seconds, share, color=color, label=f"{label}: {name}")
-    panel.set(xlabel="seconds", ylabel="% of one CPU", title=f"CPU, mean over {MOVING_SECONDS:.0f} s")
+    cpu = sum((recording.column(f"cpu_{who}") for who in ("engine", "agents", "ksmd")), np.zeros(len(seconds)))
+    before = np.searchsorted(seconds, seconds - MOVING_SECONDS)
+    span = np.maximum(seconds - seconds[before], 1e-9)
+    share = np.where(span > MOVING_SECONDS / 2, (cpu - cpu[before]) / span * 100, np.nan)
+    yield from axes.plot(seconds, share, color=style.color, ls=style.line)
+
+
+def _pss(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
+    yield from axes.plot(recording.column("seconds"), recording.column("pss") / MIB, color=style.color, ls=style.line)
+
+
+PANELS: Final = (
+    Panel(
+        "sharing",
+        "Merged over time, against the opportunity",
+        "pages",
+        "Pages that are saved, and dotted those that would be if all equal pages were merged. "
+        "Upright lines are the events listed below.",
+        _sharing,
+        from_zero=True,
+    ),
+    Panel(
+        "latency",
+        "Lead time",
+        "part of all merges",
+        "How long a page had held what another one holds when it was merged: the further left and up, the earlier. "
+        "Not finer than the pause between two samples.",
+        _latency,
+        over_time=False,
+    ),
+    Panel(
+        "visits",
+        "Pages visited per merge",
+        "visits per merge, so far",
+        "Pages that the merger looked at for each one that it merged, since the beginning.",
+        _visits,
+    ),
+    Panel(
+        "cpu",
+        "CPU of the merger",
+        "% of one CPU",
+        f"Engine and agents, or ksmd: mean over {MOVING_SECONDS:.0f} s.",
+        _cpu,
+        from_zero=True,
+    ),
+    Panel(
+        "pss",
+        "Memory",
+        "Pss, MiB",
+        "Sum over the processes, and the engine if there is one. Pss divides a shared page by its mappings.",
+        _pss,
+        from_zero=True,
+    ),
+)

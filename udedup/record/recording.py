@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from udedup.errors import UdedupError
 from udedup.record.sampler import Sample
 
 ABOUT: Final = b"udedup"
@@ -131,6 +132,11 @@ _GROWN: Final = (
 """Totals that are the last row's value, and its difference to the first's."""
 
 
+def _line(error: Exception) -> str:
+    """What it says, on one line."""
+    return " ".join(str(error).split())
+
+
 class Recording:
     """A recording, read back."""
 
@@ -142,12 +148,32 @@ class Recording:
 
     @classmethod
     def read(cls, file: Path) -> "Recording":
-        """Reads what :meth:`write` wrote."""
-        table = pq.read_table(file)
-        metadata = table.schema.metadata
-        rows = [Row(**row) for row in table.to_pylist()]
-        about = msgspec.json.decode(metadata[ABOUT], type=About)
-        return cls(rows, about, np.frombuffer(metadata[LATENCIES], dtype=np.float32))
+        """Reads what :meth:`write` wrote. Raises UdedupError for anything else, and if there is no sample in it."""
+        try:
+            # The file itself: given a path, pyarrow would read all there is in a folder. And without threads, which
+            # now and then abort the interpreter at its end.
+            with file.open("rb") as source, pq.ParquetFile(source) as parquet:
+                table = parquet.read(use_threads=False)
+        except OSError as error:
+            # pyarrow's own have no strerror.
+            raise UdedupError(f"{file}: can't be read: {error.strerror or _line(error)}") from None
+        except pa.ArrowException as error:
+            raise UdedupError(f"{file}: is no Parquet file, or a broken one: {_line(error)}") from None
+        metadata = table.schema.metadata or {}
+        if not {ABOUT, LATENCIES} <= metadata.keys():
+            raise UdedupError(f"{file}: is Parquet, but no recording of udedup's (`demo/run NAME --record DIR`)")
+        try:
+            about = msgspec.json.decode(metadata[ABOUT], type=About)
+            latencies = np.frombuffer(metadata[LATENCIES], dtype=np.float32)
+            rows = msgspec.convert(table.to_pylist(), list[Row])
+        except ValueError as error:
+            raise UdedupError(f"{file}: is no recording of this version: {_line(error)}") from None
+        if not rows:
+            raise UdedupError(f"{file}: has no sample in it")
+        times = np.array([row.seconds for row in rows])
+        if not (np.all(np.isfinite(times)) and np.all(np.diff(times) >= 0)):
+            raise UdedupError(f"{file}: its samples are not in the order of their times")
+        return cls(rows, about, latencies)
 
     def write(self, file: Path) -> None:
         """As Parquet: a column for each field of :class:`Row`; the rest in the metadata."""

@@ -271,6 +271,9 @@ static void runs_out_of_mappings(void)
 	fill_page(at + 8 * PAGE, 3, 8);
 	check(page_is(at, 3, 0) && page_is(at + 8 * PAGE, 3, 8) && intact_from(at + PAGE, 1, 7, 1, WHOLE, 0));
 	check(intact(twin, PAGES, 1, WHOLE, 1));
+	// Nor does discarding a part.
+	check(madvise(at + 2 * PAGE, 2 * PAGE, MADV_DONTNEED) == 0);
+	check(is_zero(at + 2 * PAGE, 2) && page_is(at + PAGE, 1, 1) && intact_from(at + 4 * PAGE, 4, 4, 1, WHOLE, 0));
 	check(madvise(at, PAGES * PAGE, MADV_DONTNEED) == 0);
 	check(is_zero(at, PAGES));
 	check(munmap(base, (size_t)MOST * PAGE) == 0);

@@ -335,6 +335,99 @@ static void every_cancellation_point(void)
 	}
 }
 
+static volatile int mapping_turns;
+
+// Unmaps and maps, and may be cancelled at any instruction of that.
+static void *map_until_cancelled(void *unused)
+{
+	char *at = plain(4);
+
+	(void)unused;
+	pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, NULL);
+	for (;;) {
+		at[0] = 1;
+		madvise(at, 2 * PAGE, MADV_DONTNEED);
+		munmap(at + 3 * PAGE, PAGE);
+		mmap(at + 3 * PAGE, PAGE, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		mapping_turns++;
+	}
+	return NULL;
+}
+
+// Whatever a thread holds in a hook, its cancellation must not leave behind.
+static void cancelled_among_hooks(void)
+{
+	enum { THREADS = 400 };
+	char *at;
+
+	await_agent();
+	for (int i = 0; i < THREADS; i++) {
+		struct timespec moment = {.tv_nsec = i * 977 % 60000};
+		pthread_t thread;
+		void *result;
+
+		mapping_turns = 0;
+		check(pthread_create(&thread, NULL, map_until_cancelled, NULL) == 0);
+		while (mapping_turns < 2)
+			sched_yield();
+		syscall(SYS_nanosleep, &moment, NULL);
+		check(pthread_cancel(thread) == 0);
+		check(pthread_join(thread, &result) == 0);
+		check(result == PTHREAD_CANCELED);
+	}
+	at = merged(PAGES, 1, WHOLE, NULL);
+	check(munmap(at, PAGES * PAGE) == 0);
+}
+
+static void block_in_child(void)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR2);
+	check(sigprocmask(SIG_SETMASK, &set, NULL) == 0);
+}
+
+static void open_in_parent(void)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	check(sigprocmask(SIG_SETMASK, &set, NULL) == 0);
+}
+
+static bool is_blocked(int number)
+{
+	sigset_t set;
+
+	check(sigprocmask(SIG_BLOCK, NULL, &set) == 0);
+	return sigismember(&set, number);
+}
+
+static void do_nothing(int number)
+{
+	(void)number;
+}
+
+// What handlers of fork() do to the signal mask stays, in the child and in its parent, also where hooks block signals.
+static void fork_handlers_set_the_mask(void)
+{
+	sigset_t set;
+	pid_t pid;
+
+	await_agent();
+	signal(SIGUSR1, do_nothing);
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	check(sigprocmask(SIG_SETMASK, &set, NULL) == 0);
+	check(pthread_atfork(NULL, open_in_parent, block_in_child) == 0);
+	pid = fork();
+	if (pid == 0)
+		_exit(is_blocked(SIGUSR2) && !is_blocked(SIGUSR1) ? 0 : 1);
+	check(!is_blocked(SIGUSR1) && !is_blocked(SIGUSR2));
+	check(wait_child(pid) == 0);
+}
+
 // Each call that fills or writes out whole pages pushes a hint for each of its buffers.
 static void every_transfer_is_a_hint(void)
 {
@@ -922,6 +1015,8 @@ static const struct test_case cases[] = {
 	{"written-by-a-debugger", written_by_a_debugger},
 	{"cancelled-while-blocked", cancelled_while_blocked},
 	{"every-cancellation-point", every_cancellation_point},
+	{"cancelled-among-hooks", cancelled_among_hooks},
+	{"fork-handlers-set-the-mask", fork_handlers_set_the_mask},
 	{"every-transfer-is-a-hint", every_transfer_is_a_hint},
 	{"only-thread-cancels-itself", only_thread_cancels_itself},
 	{"main-thread-exits", main_thread_exits},

@@ -217,7 +217,7 @@ static void print_result(void)
 		children += w->children;
 		for (unsigned int j = 0; j < operation_count; j++) {
 			add_costs(&sum[j], &w->costs[j]);
-			all += w->costs[j].whole.count;
+			all += operations[j].run ? w->costs[j].whole.count : 0;
 		}
 	}
 	printf("{\"seed\": %" PRIu64 ", \"seconds\": %.3f, \"threads\": %u, \"raw\": %s, \"operations\": %" PRIu64

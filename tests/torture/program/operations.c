@@ -400,14 +400,19 @@ void op_churn(struct worker *w, struct region *r)
 			nap(w, chance(w, 16) ? 20000000 : below(w, 500000));
 		check_bytes(NULL, memory, data + bytes(start), bytes(pages), "short-lived mapping");
 		w->verified += 2 * (uint64_t)pages;
+		struct moment began = this_moment();
+
 		if (chance(w, 4)) {
 			if (sys_madvise(memory, bytes(pages), MADV_DONTNEED))
 				fail(NULL, memory, "torture: madvise: %s", strerror(errno));
+			record_step(w, STEP_CALL, began);
 			for (unsigned int i = 0; i < pages; i++)
 				check_bytes(NULL, memory + bytes(i), data + bytes(POOL_PAGES), PAGE, "discarded mapping is not empty");
 		}
+		began = this_moment();
 		if (munmap(memory, bytes(pages)))
 			fail(NULL, memory, "torture: munmap: %s", strerror(errno));
+		record_step(w, STEP_CALL, began);
 		freed(memory);
 	}
 }

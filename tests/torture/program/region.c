@@ -195,7 +195,12 @@ void region_store(struct worker *w, struct region *r, struct span span)
 	w->where = (uintptr_t)(r->memory + start);
 	if (sabotaged(w, SABOTAGE_WRITE))
 		size -= PAGE / 2;
-	memcpy(r->memory + start, r->oracle + start, size);
+	for (size_t at = 0; at < size; at += PAGE) {
+		struct moment began = this_moment();
+
+		memcpy(r->memory + start + at, r->oracle + start + at, size - at < PAGE ? size - at : PAGE);
+		record_step(w, STEP_WRITE, began);
+	}
 	memset(r->maybe + span.first, 0, span.count);
 }
 

@@ -119,6 +119,18 @@ struct costs {
 	struct times ran;
 };
 
+// A moment of a thread's life, to time single steps of operations: many of these are made of dozens.
+struct moment {
+	uint64_t at;  // ns
+	uint64_t ran; // ns on a CPU so far
+};
+
+// Kinds of steps, from the end of the table of operations.
+enum step {
+	STEP_WRITE = 2, // one page written to
+	STEP_CALL = 1,  // one call that discards or unmaps
+};
+
 struct slot;
 struct io;
 
@@ -253,6 +265,8 @@ extern int data_file;
 // worker.c
 unsigned int operation_index(void (*run)(struct worker *w, struct region *r));
 void perform(struct worker *w, const struct operation *operation, struct region *r);
+struct moment this_moment(void);
+void record_step(struct worker *w, enum step step, struct moment since);
 void bursts(struct worker *w);
 void sigsegv_init(void);
 

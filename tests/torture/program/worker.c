@@ -50,6 +50,8 @@ const struct operation operations[] = {
 	{"futex_wake", 0, LONE, op_futex_wake},
 	{"brk", 0, 0, op_brk},
 	{"malloc", 0, LONE, op_malloc},
+	{"one page written", 0, 0, NULL},
+	{"one call", 0, 0, NULL},
 };
 const unsigned int operation_count = sizeof(operations) / sizeof(*operations);
 _Static_assert(sizeof(operations) / sizeof(*operations) <= OPERATIONS, "too many operations for the statistics");
@@ -103,6 +105,26 @@ static void record(struct times *times, uint64_t ns)
 	times->count++;
 	if (ns > times->max)
 		times->max = ns;
+}
+
+struct moment this_moment(void)
+{
+	struct timespec ran;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ran);
+	return (struct moment){now(), (uint64_t)ran.tv_sec * 1000000000 + (uint64_t)ran.tv_nsec};
+}
+
+// Whether it slept or had no CPU is not told apart for steps: what it did not run counts as asleep.
+void record_step(struct worker *w, enum step step, struct moment since)
+{
+	struct costs *costs = &w->costs[operation_count - step];
+	struct moment end = this_moment();
+	uint64_t whole = end.at - since.at, ran = end.ran - since.ran;
+
+	record(&costs->whole, whole);
+	record(&costs->asleep, whole > ran ? whole - ran : 0);
+	record(&costs->ran, ran);
 }
 
 void perform(struct worker *w, const struct operation *operation, struct region *r)

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+#include "commit.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+#include "agent.h"
+#include "sys.h"
+
+enum { LOOK_NS = 10000000 }; // how old a look at the system's setting may be
+
+static int mode_fd = -1;
+static uint64_t looked_at;       // ns: at the mode
+static uint32_t promises_freely; // by the mode; 0 until it is known
+static uint32_t generous;        // all together
+
+void udd_commit_open(void)
+{
+	mode_fd = (int)udd_sys(SYS_openat, AT_FDCWD, "/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
+	__atomic_store_n(&looked_at, 0, __ATOMIC_RELAXED);
+	udd_commit_look();
+}
+
+static void look_at_mode(void)
+{
+	uint64_t now = udd_now();
+	char mode = '2';
+
+	// Both threads may look, and find the same.
+	if (now - __atomic_load_n(&looked_at, __ATOMIC_RELAXED) < LOOK_NS)
+		return;
+	__atomic_store_n(&looked_at, now, __ATOMIC_RELAXED);
+	if (udd_sys(SYS_pread64, mode_fd, &mode, 1, 0) != 1)
+		mode = '2';
+	__atomic_store_n(&promises_freely, mode == '0' || mode == '1', __ATOMIC_RELAXED);
+}
+
+static bool is_unlimited(int resource)
+{
+	struct rlimit limit;
+
+	return udd_sys(SYS_prlimit64, 0, resource, NULL, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
+}
+
+bool udd_commit_has_room(uint64_t bytes)
+{
+	long tried = udd_sys(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (udd_failed(tried))
+		return false;
+	udd_sys(SYS_munmap, tried, bytes);
+	return true;
+}
+
+void udd_commit_look(void)
+{
+	bool ret;
+
+	look_at_mode();
+	ret = __atomic_load_n(&promises_freely, __ATOMIC_RELAXED) &&
+	      ((is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA)) || udd_commit_has_room(udd_bytes(UDD_STAGING_PAGES)));
+	__atomic_store_n(&generous, ret, __ATOMIC_RELAXED);
+}
+
+bool udd_commit_strict(void)
+{
+	return !__atomic_load_n(&generous, __ATOMIC_RELAXED);
+}
+
+bool udd_commit_allows(uint64_t bytes)
+{
+	return !udd_commit_strict() && udd_commit_has_room(bytes);
+}
