@@ -478,6 +478,8 @@ uint32_t udd_express_take(struct udd_express_done *ret);
 int udd_session_prepare(const char *name);
 // Whether the one that was made since does.
 int udd_session_ours(void);
+// Has it look for the next read for `spin_ns` after it has answered one, or until there is something at `loop` (-1: not looked at).
+void udd_session_look(int loop, uint64_t spin_ns);
 // Each request is answered once: with bytes, or with an error (positive; 0: it is done). A negative errno if nobody wants to know any more.
 int udd_request_reply(void *request, const char *data, size_t size);
 int udd_request_fail(void *request, int error);

@@ -28,6 +28,7 @@
 enum {
 	// How long reads may be answered one after the other, before the rest of the loop has its turn.
 	HOLD_NS = 500000,
+	PAUSE_MAX = 63,
 };
 
 typedef struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *handlers, size_t size, void *data);
@@ -47,6 +48,10 @@ static struct {
 	reply_buf *reply;
 	bool ours;  // the session that was made last has our handlers
 	bool waits; // its device does when there is no request
+	int loop;   // readable when the rest of the loop has something to do; -1: that can't be told
+	uint64_t spin_ns;
+	uint32_t pause;       // see comes_soon()
+	uint32_t passed_over;
 } libfuse;
 
 // The slots of an object by which it calls others, and what of it the linker has made read-only since.
@@ -119,17 +124,37 @@ static void open_up(struct fuse_session *session)
 	libfuse.waits = flags < 0 || fcntl(device, F_SETFL, flags | O_NONBLOCK) < 0;
 }
 
+// Whether another request comes soon, after there was none: looks for it for a while, as long as that finds some. After each look
+// in vain, twice as many times are passed over before the next.
+static bool comes_soon(struct fuse_session *session)
+{
+	bool found;
+
+	if (libfuse.passed_over < libfuse.pause) {
+		libfuse.passed_over++;
+		return false;
+	}
+	found = udd_request_wait(libfuse.descriptor(session), libfuse.loop, libfuse.spin_ns) == UDD_REQUEST_THERE;
+	libfuse.pause = found ? 0 : 2 * libfuse.pause + 1 < PAUSE_MAX ? 2 * libfuse.pause + 1 : PAUSE_MAX;
+	libfuse.passed_over = 0;
+	return found;
+}
+
 // Answers reads for as long as there are any; returns what else was received, as libfuse does.
 static int answer_reads(struct fuse_session *session, struct fuse_buf *buffer)
 {
 	int64_t end = now_ns() + HOLD_NS;
+	bool answered = false;
 
 	do {
 		int received = libfuse.receive(session, buffer);
 
+		if (received == -EAGAIN && answered && comes_soon(session))
+			continue;
 		if (!libfuse.ours || !is_read(buffer, received))
 			return received;
 		libfuse.process(session, buffer);
+		answered = true;
 	} while (!libfuse.waits && udd_express_answered() < UDD_EXPRESS_BATCH && now_ns() < end);
 	return -EINTR;
 }
@@ -243,6 +268,13 @@ int udd_session_prepare(const char *name)
 	libfuse.reply = (reply_buf *)*reply;
 	r = object_put(&object, take, (void *)receive);
 	return r ? r : object_put(&object, make, (void *)make_session);
+}
+
+void udd_session_look(int loop, uint64_t spin_ns)
+{
+	libfuse.loop = loop;
+	libfuse.spin_ns = spin_ns;
+	libfuse.pause = libfuse.passed_over = 0;
 }
 
 int udd_session_ours(void)

@@ -15,6 +15,7 @@ import trio
 
 from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ignore]
 from udedup.fallocate import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from udedup.vdi.fastpoll import SPIN_NS, loop_descriptor
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def attach(nursery: trio.Nursery, handlers: Handlers) -> None:
     """Has ``handlers`` answer, in ``nursery`` if it takes time; before the session is served."""
     if not lib.udd_session_ours():
         log.warning("reads through the mount are slower, and discards on clones will fail and free no room")
+    lib.udd_session_look(loop_descriptor(), SPIN_NS)
     begin = handlers.begin_read
 
     def read(request: Any, file: int, offset: int, size: int) -> None:
