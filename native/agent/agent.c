@@ -100,6 +100,7 @@ static int reserve(void)
 		{(void **)&agent->marks.table, agent->marks.table_size * sizeof(struct udd_leaf_key), true, false},
 		{(void **)&agent->marks.free_leaves, agent->marks.leaf_limit * sizeof(uint32_t), true, false},
 		{(void **)&agent->runs.chunks, udd_bytes(agent->runs.limit), false, false},
+		{(void **)&agent->trial, udd_bytes(UDD_STAGING_PAGES), false, false},
 		{(void **)&agent->marks.leaves, (uint64_t)agent->marks.leaf_limit * sizeof(agent->marks.leaves[0]), false, false},
 	};
 	const size_t count = sizeof(areas) / sizeof(areas[0]);

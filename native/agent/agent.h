@@ -129,6 +129,7 @@ struct udd_agent {
 	char *tls;                 // one page per thread, in place of libc's thread control block
 	char *staging;             // UDD_STAGING_PAGES, where frozen pages wait
 	char *blank;               // UDD_STAGING_PAGES, where private copies are made (dissolve)
+	char *trial;               // UDD_STAGING_PAGES, where it is tried whether there is memory (commit.h). Under the map lock.
 	char *file_pages;          // UDD_RUN_MAX, copies of a file's pages to be compared. The worker's own.
 	char *message;             // the worker's message buffers
 	struct udd_runs runs;      // merged runs. Under the map lock.

@@ -19,7 +19,6 @@ void udd_commit_open(void)
 {
 	mode_fd = (int)udd_sys(SYS_openat, AT_FDCWD, "/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
 	__atomic_store_n(&looked_at, 0, __ATOMIC_RELAXED);
-	udd_commit_look();
 }
 
 static void look_at_mode(void)
@@ -43,14 +42,21 @@ static bool is_unlimited(int resource)
 	return udd_sys(SYS_prlimit64, 0, resource, NULL, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
 }
 
-bool udd_commit_has_room(uint64_t bytes)
+static bool map_trial(int protection)
 {
-	long tried = udd_sys(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return !udd_failed(udd_sys(SYS_mmap, udd_agent.trial, udd_bytes(UDD_STAGING_PAGES), protection,
+				   MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+}
 
-	if (udd_failed(tried))
-		return false;
-	udd_sys(SYS_munmap, tried, bytes);
-	return true;
+// In addresses of our own: any other might be mapped over by a thread that knows them to be free, before we unmap them again.
+bool udd_commit_has_room(void)
+{
+	bool ret = map_trial(PROT_READ | PROT_WRITE);
+
+	// Should that fail, it is only not given back yet.
+	if (ret)
+		map_trial(PROT_NONE);
+	return ret;
 }
 
 void udd_commit_look(void)
@@ -59,7 +65,7 @@ void udd_commit_look(void)
 
 	look_at_mode();
 	ret = __atomic_load_n(&promises_freely, __ATOMIC_RELAXED) &&
-	      ((is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA)) || udd_commit_has_room(udd_bytes(UDD_STAGING_PAGES)));
+	      ((is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA)) || udd_commit_has_room());
 	__atomic_store_n(&generous, ret, __ATOMIC_RELAXED);
 }
 
@@ -68,7 +74,7 @@ bool udd_commit_strict(void)
 	return !__atomic_load_n(&generous, __ATOMIC_RELAXED);
 }
 
-bool udd_commit_allows(uint64_t bytes)
+bool udd_commit_allows(void)
 {
-	return !udd_commit_strict() && udd_commit_has_room(bytes);
+	return !udd_commit_strict() && udd_commit_has_room();
 }

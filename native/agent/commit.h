@@ -5,23 +5,23 @@
 // own copy-on-write, whose copies were promised when the store was mapped. Before Linux 6.12 mmap() over a mapping is like that,
 // too, with the first of the two; so where the kernel is strict it is asked for as much beforehand.
 //
-// Under the map lock, which whoever changes the limits takes too, unless that is another process, or past the hooks.
+// All under the map lock held exclusively, for which whoever changes the limits waits, unless that is another process, or past the
+// hooks.
 #ifndef UDD_COMMIT_H
 #define UDD_COMMIT_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-// Opens the setting, for the agent's threads. Where it can't be read, the kernel is taken for strict.
+// Opens the setting, for the agent's threads. Until it was looked at, and where it can't be read, the kernel is taken for strict.
 void udd_commit_open(void);
-// Looks how things are, for the time that the lock is held. Threads of the agent only.
+// Looks how things are, for the time that the lock is held exclusively. Threads of the agent only.
 void udd_commit_look(void);
 // Whether the kernel was strict at the last look; any thread.
 bool udd_commit_strict(void);
-// Whether there is room for so many bytes more.
-bool udd_commit_has_room(uint64_t bytes);
-// Whether the application's threads, which have not looked, may count on the kernel for so many bytes: it was not strict, and
-// has them now.
-bool udd_commit_allows(uint64_t bytes);
+// Whether there is room for UDD_STAGING_PAGES more.
+bool udd_commit_has_room(void);
+// Whether the application's threads, which have not looked, may count on the kernel: it was not strict, and there is room now.
+bool udd_commit_allows(void);
 
 #endif

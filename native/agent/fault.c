@@ -327,10 +327,12 @@ static int serve_write(uint64_t page, bool exclusive)
 
 	if (run->broken)
 		return udd_uffd_protect(page_at(page), false);
-	udd_commit_look();
-	if (exclusive && udd_commit_strict()) {
-		now = udd_now();
-		storm = block_storm(page, now);
+	if (exclusive) {
+		udd_commit_look();
+		if (udd_commit_strict()) {
+			now = udd_now();
+			storm = block_storm(page, now);
+		}
 	}
 	if (exclusive && !udd_span_empty(span = widen(run, page))) {
 		// Several share the cost; and the kernel's own copying is not quiet.

@@ -372,6 +372,7 @@ static bool break_by_kernel(struct udd_span span)
 static void dissolve_all(struct udd_span span)
 {
 	struct udd_runs *runs = &udd_agent.runs;
+	bool allowed = udd_commit_allows();
 
 	for (uint64_t at = span.start; udd_merged_in((struct udd_span){at, span.end});) {
 		const struct udd_run_entry *run = udd_runs_find(runs, at);
@@ -383,7 +384,7 @@ static void dissolve_all(struct udd_span span)
 		// undo what is written to our own stack meanwhile; and there may be no memory for it (commit.h).
 		if (run->broken)
 			continue;
-		if (run->armed && !is_own_stack(piece) && udd_commit_allows(piece.end - piece.start))
+		if (run->armed && !is_own_stack(piece) && allowed)
 			udd_dissolve(piece, 0);
 		else
 			break_by_kernel(piece);
@@ -480,7 +481,7 @@ static struct udd_span alike_from(const struct udd_run_entry *run, struct udd_sp
 // 0 or a negative errno, and then nothing has changed.
 static long map_fresh(const struct udd_run_entry *run, struct udd_span span)
 {
-	if (udd_commit_strict() && !udd_commit_has_room(span.end - span.start))
+	if (udd_commit_strict() && !udd_commit_has_room())
 		return -ENOMEM;
 	return udd_map_like(run, span);
 }

@@ -8,6 +8,7 @@
 
 #include "../common/uffd.h"
 #include "agent.h"
+#include "commit.h"
 #include "merged.h"
 #include "sys.h"
 
@@ -205,32 +206,14 @@ static long grow_in_place(uint64_t end, uint64_t bytes)
 	return udd_failed(ret) ? ret : 0;
 }
 
-// Bytes of the largest of the pieces that `span` would be moved in.
-static uint64_t largest_piece(struct udd_span span)
-{
-	struct udd_runs *runs = &udd_agent.runs;
-	uint64_t ret = 0;
-	uint64_t at = span.start;
-
-	for (const struct udd_run_entry *run = udd_runs_first(runs, span); run; run = udd_runs_next_in(run, span)) {
-		struct udd_span merged = udd_span_clip(udd_run_span(run), span);
-
-		ret = udd_max(ret, udd_max(merged.start - at, merged.end - merged.start));
-		at = merged.end;
-	}
-	return udd_max(ret, span.end - at);
-}
-
 // mremap on memory that merging cut into several mappings, step by step, as the kernel does it for one. No page is copied:
 // every piece keeps its physical pages, so that even memory pinned by a device goes along.
 static long move_mapping(int maps, struct udd_span from, uint64_t new_bytes, int flags, uint64_t wanted)
 {
 	struct move move = {.maps = maps, .leaves = flags & MREMAP_DONTUNMAP};
 	uint64_t old_bytes = from.end - from.start;
-	uint64_t spare_bytes;
 	uint64_t end;
 	long target;
-	long spare;
 	long ret;
 
 	if (new_bytes < old_bytes) {
@@ -250,21 +233,16 @@ static long move_mapping(int maps, struct udd_span from, uint64_t new_bytes, int
 		if (!(flags & MREMAP_MAYMOVE))
 			return ret;
 	}
-	// A step takes as much memory as its mapping has, for a moment, and fails without it only after it has unmapped the place to go to
-	// (commit.h). So much is kept until all have been done, and there for the way back.
-	spare_bytes = largest_piece(from);
-	spare = udd_sys(SYS_mmap, NULL, spare_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (udd_failed(spare))
-		return spare;
+	// A step takes as much memory as its mapping has, for a moment, and fails without it only after it has unmapped the place to go
+	// to (commit.h).
+	if (!udd_commit_has_room())
+		return -ENOMEM;
 	target = udd_sys(SYS_mmap, wanted, new_bytes, PROT_NONE,
 			 MAP_PRIVATE | MAP_ANONYMOUS | (flags & MREMAP_FIXED ? MAP_FIXED : 0), -1, 0);
-	if (udd_failed(target)) {
-		udd_sys(SYS_munmap, spare, spare_bytes);
+	if (udd_failed(target))
 		return target;
-	}
 	udd_forget((struct udd_span){(uint64_t)target, (uint64_t)target + new_bytes});
 	ret = move_all(&move, from, new_bytes - old_bytes, (uint64_t)target);
-	udd_sys(SYS_munmap, spare, spare_bytes);
 	if (!udd_failed(ret)) {
 		if (!move.leaves && move.held > from.start)
 			udd_sys(SYS_munmap, from.start, move.held - from.start);

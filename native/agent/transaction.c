@@ -435,16 +435,14 @@ static int make_private(struct udd_span span)
 	// What can't be written to need not be made private before it can.
 	if (!(udd_first_run(span)->protection & PROT_WRITE))
 		return 0;
-	// From here on the kernel breaks them: what the table takes for armed may be replaced by a copy of the store's.
+	// From here on the kernel breaks them: what the table takes for armed may be replaced by a copy of the store's. Nor may the fault
+	// thread be asked for a page, which can't have the lock. Arming finds out what broke.
 	for (struct udd_run_entry *run = udd_first_run(span); run; run = udd_runs_next_in(run, span))
 		run->armed = 0;
-	ret = udd_uffd_protect(span, false);
-	if (!ret)
-		ret = udd_sys(SYS_madvise, span.start, span.end - span.start, MADV_POPULATE_WRITE);
-	if (ret)
+	udd_uffd_unregister(span);
+	ret = udd_sys(SYS_madvise, span.start, span.end - span.start, MADV_POPULATE_WRITE);
+	if (arm(span))
 		udd_ring(UDD_BELL_ARM);
-	else
-		udd_broke_in_place(span);
 	return (int)ret;
 }
 
@@ -541,7 +539,9 @@ static void relocate(const struct transaction *tx, unsigned from, unsigned to, c
 		ret->busy |= bits(from, to);
 		return;
 	}
-	if (old.broken || (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
+	// What is locked would not be so in another mapping.
+	if (old.broken || (old.attributes & UDD_ATTRIBUTE_LOCKED) ||
+	    (old.file ? udd_private_copies(span, &copies) || copies : !old.armed || !still_merged(span))) {
 		ret->busy |= bits(from, to);
 		return;
 	}
@@ -787,8 +787,7 @@ void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 		ret->gone = all;
 		return;
 	}
-	if (mappings_now() + VMAS_PER_RUN > udd_live()->vma_limit ||
-	    (udd_commit_strict() && !udd_commit_has_room(udd_bytes(run->pages)))) {
+	if (mappings_now() + VMAS_PER_RUN > udd_live()->vma_limit) {
 		ret->no_vma = all;
 		return;
 	}
@@ -799,7 +798,7 @@ void udd_merge(const struct udd_run *run, struct udd_merge_result *ret)
 		ret->busy = all;
 		return;
 	}
-	if (udd_reserve_runs(UDD_RUN_MAX))
+	if (udd_reserve_runs(UDD_RUN_MAX) || (udd_commit_strict() && !udd_commit_has_room()))
 		ret->no_vma = all;
 	else
 		merge_locked(&tx, run, segment, started, ret);

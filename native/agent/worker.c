@@ -280,6 +280,11 @@ static int use_shared_area(struct worker *worker, int fd, uint64_t mount_dev)
 	// A child must not write into its parent's rings.
 	udd_sys(SYS_madvise, ret, UDD_SHARED_BYTES, MADV_DONTFORK);
 	worker->shared = udd_pointer((uint64_t)ret);
+	// Memory that is shared is promised page by page, when it is touched; where the kernel promises none any more (commit.h), that is a
+	// SIGBUS for the application, whose threads write to the rings.
+	ret = udd_sys(SYS_madvise, ret, UDD_SHARED_COPY, MADV_POPULATE_WRITE);
+	if (udd_failed(ret))
+		return -ENOMEM;
 	worker->scan.copy = worker->shared + UDD_SHARED_COPY;
 	worker->scan.shared_fd = fd;
 	stats = (struct udd_stats *)(worker->shared + UDD_SHARED_STATS);

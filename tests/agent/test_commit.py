@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from agent.conftest import Wrapper
 
-CASES = ("writes", "calls", "limited-addresses", "limited-data")
+CASES = ("moves-to-free-addresses", "writes", "calls", "limited-addresses", "limited-data")
 PROGRAM = Path(__file__).parent / "programs" / "commit.c"
 SETTINGS = Path("/proc/sys/vm")
 LIMIT_KB = 3 << 29
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.require("gcc", "userfaultfd-move", "root")
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
     """For the program to switch on; all is put back, whatever becomes of it."""
-    names = ("overcommit_kbytes", "overcommit_ratio", "user_reserve_kbytes", "overcommit_memory")
+    # In the order of putting back: first what puts the limit in force, or all processes would feel it for a moment.
+    names = ("overcommit_memory", "overcommit_kbytes", "overcommit_ratio", "user_reserve_kbytes")
     before = {name: (SETTINGS / name).read_text().strip() for name in names}
     (SETTINGS / "overcommit_kbytes").write_text(str(LIMIT_KB))
     (SETTINGS / "user_reserve_kbytes").write_text(str(RESERVE_KB))

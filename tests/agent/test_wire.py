@@ -303,6 +303,16 @@ def test_moved_to_other_slots(fake: FakeEngine, puppet: Puppet) -> None:
     assert puppet.merged() == PAGES
 
 
+def test_locked_memory_stays_where_it_is(fake: FakeEngine, puppet: Puppet) -> None:
+    """In other slots it would not be locked any more."""
+    assert fake.segment(1, CONTENT) == 0
+    assert fake.merge(puppet.address, PAGES)[0] == ALL
+    assert fake.segment(2, CONTENT) == 0
+    assert puppet.ask("lock") == "ok"
+    assert fake.merge(puppet.address, PAGES, 2)[:3] == (0, 0, ALL)
+    assert int(puppet.ask("locked")) == PAGES * PAGE // 1024
+
+
 def test_ranges_that_are_nobodys(fake: FakeEngine, puppet: Puppet) -> None:
     for address in (0, 1, 2**47, 2**64 - 4096, puppet.address - PAGE):
         for pages in (1, 1024, 2**32, 2**64 - 1):

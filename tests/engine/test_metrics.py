@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -88,7 +89,7 @@ async def test_answer(path: Path) -> None:
     async with serving(Source(), path) as connect:
         assert await ask(connect) == (200, TEXT)
         assert await ask(connect, b"GET /metrics?x=1 HTTP/1.0\r\n\r\n") == (200, TEXT)
-        assert await ask(connect, b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n") == (200, b"")
+        assert await ask(connect, b"HEAD /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n") == (200, b"")
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
 
@@ -96,12 +97,12 @@ async def test_answer(path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"GET /metrics/../x HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n1", 405),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET /metrics/../x HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1", 405),
         (b"\x16\x03\x01 what TLS begins with\r\n\r\n", 400),
         (b"GET /metrics HTTP/1.1\r\n\r\n", 400),
-        (b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: " + b"y" * REQUEST_BYTES, 431),
+        (b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * REQUEST_BYTES, 431),
     ],
 )
 async def test_wrong_requests(path: Path, request_: bytes, status: int) -> None:
@@ -112,6 +113,31 @@ async def test_wrong_requests(path: Path, request_: bytes, status: int) -> None:
         assert body.endswith(b": metrics are at /metrics\n")
         assert source.made == 0
         assert await ask(connect) == (200, TEXT)
+
+
+BEGINNINGS = (GET[:-2], GET[:-2], b"GET ", b"CONNECT x:1 HTTP/1.1\r\n", b"PRI * HTTP/2.0\r\n", b"\x16\x03\x01")
+WORDS = (
+    *(b"/metrics ", b"http://localhost/metrics ", b"HTTP/1.1\r\n", b"HTTP/2.0\r\n", b"Host: localhost\r\n"),
+    *(b"Content-Length: 5\r\n", b"Content-Length: -1\r\n", b"Transfer-Encoding: chunked\r\n", b"5\r\n"),
+    *(b"Expect: 100-continue\r\n", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"\r\n", b"\n", b"\0", b"\xff", b": "),
+)
+
+
+async def test_whatever_is_asked(path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """There is an answer or none, and the next one is answered."""
+    chance, answers = random.Random(1), set()
+    async with serving(Source(), path) as connect:
+        for _ in range(300):
+            words = chance.choices((b"\r\n", *WORDS), k=chance.randrange(1, 8))
+            request = chance.choice(BEGINNINGS) + b"".join(words)
+            async with await connect() as stream:
+                await stream.send_all(request)
+                await stream.send_eof()
+                answer = await everything(stream)
+                assert answer == b"" or answer.startswith(b"HTTP/1.1 "), request
+                answers.add(answer[9:12])
+        assert await ask(connect) == (200, TEXT)
+    assert answers >= {b"200", b"400"}
 
 
 async def test_texts_are_made_once_in_a_while(path: Path, autojump_clock: trio.testing.MockClock) -> None:
@@ -220,10 +246,10 @@ async def test_loopback(host: str) -> None:
         (b"", 403),
     ],
 )
-async def test_names_of_others_are_not_for_us(host: bytes, status: int) -> None:
+async def test_names_of_others_are_not_for_us(path: Path, host: bytes, status: int) -> None:
     """What a web page can have the user's browser ask, by a name of its own for this machine (DNS rebinding)."""
     source = Source()
-    async with serving(source, free_port(HOST)) as connect:
+    async with serving(source, path) as connect:
         assert (await ask(connect, b"GET /metrics HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"))[0] == status
         assert source.made == (status == 200)
 

@@ -36,6 +36,7 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     units = {"udedup.service", "udedup.socket", "tmpfiles.conf"}
     assert {f"udedup/systemd/{name}" for name in units} | {f"udedup/topics/{name}.md" for name in TOPICS} <= files
+    assert "udedup/grafana/dashboard.json" in files
     assert {"udedup/libudedup.so", "udedup/udedup.h", "udedup/_native.abi3.so", "udedup/py.typed"} <= files
     assert not [name for name in files if name.startswith(("tests", "demo", "native"))]
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from udedup.cli import main; sys.exit(main())"

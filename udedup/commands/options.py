@@ -5,13 +5,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from udedup.engine.addresses import Loopback
 from udedup.engine.policies import RATIO_MAX
 from udedup.labels import LABEL_BYTES_MAX, RESERVED
 from udedup.places import engine_socket, state_directory
 from udedup.vdi.formats import FORMATS
 
 if TYPE_CHECKING:
+    from udedup.engine.addresses import Loopback
+
     Container = argparse.ArgumentParser | argparse._ArgumentGroup
     """What options can be added to."""
 
@@ -241,10 +242,12 @@ def socket_mode(text: str) -> int:
     return int(text, 8)
 
 
-def metrics_address(text: str) -> Path | Loopback:
+def metrics_address(text: str) -> "Path | Loopback":
     """Parses a path, which has a slash, or ``[HOST:]PORT`` of this machine."""
     if "/" in text:
         return Path(text)
+    from udedup.engine.addresses import Loopback
+
     try:
         return Loopback.parse(text)
     except ValueError as error:

@@ -12,6 +12,7 @@ TOPICS = {
     "domains": "who shares with whom, and what can be learnt through timing",
     "tuning": "rates, hints, and where the CPU and the memory go",
     "qemu": "virtual machines, and disk images for them",
+    "metrics": "Prometheus and Grafana: what there is to see, where, and for whom",
     "limits": "what is left alone, and what a wrapped program may notice",
     "architecture": "the parts, how they work together, and why they are so",
 }

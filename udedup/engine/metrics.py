@@ -2,8 +2,8 @@
 
 Whoever asks, and however: the engine does not wait. There are few connections at a time, each with one request, which
 must be short and be there in time; the answer must be read in time; the text is made at most once in a while, and in
-small pieces. On a loopback port, where every local user can ask, answers are for those only that call it by an address
-of this machine: a web page that has its own name mean 127.0.0.1 learns nothing.
+small pieces. Answers are for those only that call it by an address of this machine: a web page that has its own name
+mean 127.0.0.1 learns nothing, be it from a loopback port or from what forwards one to a socket.
 
 Needs the extra ``metrics``.
 """
@@ -90,13 +90,12 @@ class Endpoint:
     async def serve(self, sock: socket.socket) -> None:
         """Takes connections until cancelled."""
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-        anybody = sock.family != socket.AF_UNIX
         free = trio.Semaphore(CONNECTIONS)
         async with trio.open_nursery() as nursery:
 
             async def answer(stream: trio.SocketStream) -> None:
                 try:
-                    await self._answer(stream, anybody=anybody)
+                    await self._answer(stream)
                 finally:
                     free.release()
 
@@ -116,7 +115,7 @@ class Endpoint:
                     raise
                 await trio.sleep(ACCEPT_PAUSE)
 
-    async def _answer(self, stream: trio.SocketStream, *, anybody: bool) -> None:
+    async def _answer(self, stream: trio.SocketStream) -> None:
         """One connection, from its request to its end."""
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_BYTES)
         async with stream:
@@ -126,7 +125,7 @@ class Endpoint:
                     request = await _request(connection, stream)
                 if request is None:
                     return
-                status, text = await self._look(request, anybody=anybody)
+                status, text = await self._look(request)
                 with_body = request.method != b"HEAD"
             except h11.RemoteProtocolError as error:
                 status, text, with_body = HTTPStatus(error.error_status_hint), b"", True
@@ -139,9 +138,9 @@ class Endpoint:
                 except trio.BrokenResourceError:
                     log.debug("who asked for metrics left before all of them were there")
 
-    async def _look(self, request: h11.Request, *, anybody: bool) -> tuple[HTTPStatus, bytes]:
+    async def _look(self, request: h11.Request) -> tuple[HTTPStatus, bytes]:
         """What there is to say; nothing: the status says it."""
-        if anybody and not _is_meant(request):
+        if not _is_meant(request):
             return HTTPStatus.FORBIDDEN, b""
         if request.target.partition(b"?")[0] != PATH:
             return HTTPStatus.NOT_FOUND, b""
@@ -168,7 +167,7 @@ def endpoint(engine: "Engine") -> Endpoint:
     own = Peer(os.getpid(), os.geteuid(), os.getegid())
 
     async def text() -> bytes:
-        return await render(await engine.status(own, with_kernel=False), engine.counters.lead_times)
+        return await render(await engine.status(own, with_kernel=False, exact=False), engine.counters.lead_times)
 
     return Endpoint(text, engine.shortage)
 

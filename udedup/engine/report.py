@@ -82,11 +82,13 @@ def status(
     images: list[ImageStatus],
     own: OwnSmaps,
     kernel: KernelView | None,
+    exact: bool,
 ) -> Status:
     """Everything about these agents and domains.
 
     ``uptime``: of the engine, s; ``pages_to_scan``: of the next spurt; ``vma_limit``: of each process; ``everything``:
-    the asker may know what the hint stack holds of all; ``pressure``: None if it isn't watched.
+    the asker may know what the hint stack holds of all; ``pressure``: None if it isn't watched; ``exact``: see
+    Agent.memory_bytes().
     """
     parked = sum(domain.store.parked_slots for domain in domains)
     shared = sum(domain.store.live_slots for domain in domains) - parked
@@ -98,7 +100,7 @@ def status(
     engine = own.look() if kernel is None else kernel.engine
     memory = MemoryStatus(
         engine=engine.pss - engine.store_pss,
-        agents=sum(agent.area.stats.memory_bytes + agent.area.resident_bytes for agent in agents),
+        agents=sum(agent.memory_bytes(exact=exact) for agent in agents),
         managed=sum(agent.area.stats.managed_pages for agent in agents) * PAGE,
     )
     lead = counters.lead_times

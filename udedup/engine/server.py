@@ -401,7 +401,7 @@ class Engine:
                     raise UdedupError(self.rules.explain(peer.uid, label))
                 return True
 
-    async def status(self, peer: Peer, *, with_kernel: bool) -> Status:
+    async def status(self, peer: Peer, *, with_kernel: bool, exact: bool = True) -> Status:
         """The report: of everything for root and the engine's user, for others of their own processes and domains.
 
         What it says of work done is over all domains, so others get zeros there.
@@ -437,6 +437,7 @@ class Engine:
             ],
             own=self._own_smaps,
             kernel=view,
+            exact=exact,
         )
 
     def _chosen(self, pid: int | None, peer: Peer, what: str) -> list[Agent]:

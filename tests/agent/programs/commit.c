@@ -146,7 +146,21 @@ static void limited_data(void)
 	limited(RLIMIT_DATA);
 }
 
+// To addresses that are free, where the kernel would put whatever is mapped next.
+static void moves_to_free_addresses(void)
+{
+	for (uint64_t turn = 0; turn < 4; turn++) {
+		char *pieces = merged(PAGES, 7 + turn, CUT, NULL);
+		char *place = plain(PAGES);
+
+		check(munmap(place - PAGE, (PAGES + 2) * PAGE) == 0);
+		check(mremap(pieces, PAGES * PAGE, PAGES * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place);
+		check(intact(place, PAGES, 7 + turn, CUT, 0));
+	}
+}
+
 static const struct test_case cases[] = {
+	{"moves-to-free-addresses", moves_to_free_addresses},
 	{"limited-addresses", limited_addresses},
 	{"limited-data", limited_data},
 	{"writes", writes},

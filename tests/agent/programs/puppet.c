@@ -75,6 +75,11 @@ int main(void)
 			// Some memory comes and goes.
 			check(munmap(plain(1), PAGE) == 0);
 			printf("ok\n");
+		} else if (strcmp(command, "lock") == 0) {
+			check(mlock2(at, pages * PAGE, MLOCK_ONFAULT) == 0);
+			printf("ok\n");
+		} else if (strcmp(command, "locked") == 0) {
+			printf("%ld\n", status_value("VmLck:"));
 		} else if (strcmp(command, "swap") == 0) {
 			swap(number, byte);
 			printf("ok\n");
