@@ -31,6 +31,8 @@ size_t udd_area_resident(void *area);
 int udd_area_drop_copies(void *area);
 // Gives what malloc() keeps for later back to the system.
 void udd_memory_trim(void);
+// Has malloc() keep nothing for later of pieces of `least` bytes or more, as it would once some have been freed.
+void udd_memory_buffers_go(size_t least);
 
 // Digests of `count` consecutive 4096-byte pages; ret takes 2 × count words, low half first.
 void udd_digest_pages(const void *pages, size_t count, uint64_t *ret);

@@ -45,6 +45,8 @@ OnRead = Callable[[Image, int, int, int], None]
 
 # The largest read FUSE asks for: 256 pages.
 READ_BYTES_MAX: Final = 1 << 20
+BUFFER_BYTES_LEAST: Final = 1 << 17
+"""What a buffer has at least that is given back at once."""
 # Names never vanish and inodes never change; a changed image's mtime must get through (the kernel then drops what it
 # has cached of it).
 ENTRY_SECONDS: Final = 3600.0
@@ -544,6 +546,8 @@ async def serve(
     """
     await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
     directory = await prepare(mountpoint)
+    # Reads that wait for a disk have buffers of their own, in many threads, each of which would keep some.
+    lib.udd_memory_buffers_go(BUFFER_BYTES_LEAST)
     async with images.keeping():
         with closing(ImageFilesystem(images, on_read, shelves or NoShelves(), allow_other=allow_other)) as filesystem:
             await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
