@@ -116,6 +116,11 @@ def join(socket: Path | str | None = None, domain: str | None = None) -> None:
     ``socket`` is the engine's (default: ``$UDEDUP_SOCKET``, else the user's default), ``domain`` a label that the
     engine allows this user, ``"private"`` (share with nobody but itself) or ``"off"`` (do nothing). Raises
     :class:`UdedupError` if no engine answers within five seconds or it refuses.
+
+    >>> try:
+    ...     udedup.join()
+    ... except udedup.UdedupError as error:  # it goes on as it is
+    ...     print(f"memory is not shared: {error}")
     """
     if domain == OFF:
         return
@@ -136,6 +141,9 @@ def advise(buffer: object) -> None:
     """Hints that ``buffer`` (anything with the buffer interface, contiguous) has just got content worth merging.
 
     Only the whole pages inside it are meant. Raises :class:`UdedupError` before :func:`join`.
+
+    >>> model = bytearray(range(256)) * 4096  # a NumPy array would do as well
+    >>> udedup.advise(model)
     """
     ffi, library = _library()
     view = memoryview(buffer)  # type: ignore[arg-type]
@@ -144,7 +152,14 @@ def advise(buffer: object) -> None:
 
 
 def stats() -> Stats:
-    """This process's statistics. Raises :class:`UdedupError` before :func:`join`."""
+    """This process's statistics. Raises :class:`UdedupError` before :func:`join`.
+
+    >>> share = udedup.stats()
+    >>> share.merging, share.reason
+    (True, '')
+    >>> 4096 * (share.pages_merged + share.zero_pages) >= 0  # bytes that are no longer its own
+    True
+    """
     ffi, library = _library()
     memory = ffi.new("struct udedup_stats *")
     if library.udedup_stats(memory) != 0:

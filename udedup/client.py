@@ -2,6 +2,19 @@
 
 Speaks the protocol of ``udedup.engine.control``, which says what each request does and answers, and gives the answers
 as the classes of ``udedup.engine.accounting``, in whose words ``udedup status --json`` is.
+
+What takes part in the memory of an engine, and who takes no part for now:
+
+>>> import os, trio, udedup
+>>> async def look():
+...     async with udedup.connect() as engine:
+...         await engine.pause(os.getpid())
+...         mine = [agent for agent in (await engine.status()).agents if agent.pid == os.getpid()]
+...         resumed = await engine.resume(os.getpid())
+...         return mine[0].reason, resumed
+>>> udedup.join()
+>>> trio.run(look)
+('paused on request', 1)
 """
 
 import socket
@@ -59,6 +72,34 @@ class EngineClient:
     Several tasks may ask at a time; they are answered in turn. All methods raise :class:`UdedupError`, one line, if the
     engine refuses or does not answer. A later request connects anew, so one that outlives its engine finds the next.
     Users other than root and the engine's own may ask about their own processes only.
+
+    >>> async def save():
+    ...     async with udedup.connect() as engine:
+    ...         await engine.check_domain("private")  # raises if it may not be used
+    ...         before = await engine.status(kernel=True)
+    ...         await engine.unmerge(os.getpid())
+    ...         after = await engine.status(kernel=True)
+    ...         await engine.resume(os.getpid())
+    ...         return before.kernel is not None, after.agents[0].pages_sharing
+    >>> trio.run(save)
+    (True, 0)
+
+    Images and clones, of an engine with a mount:
+
+    >>> async def disks(image):
+    ...     async with udedup.connect() as engine:
+    ...         shown = await engine.mount(image, name="base")
+    ...         clone = await engine.clone(image, "vm1")  # writable
+    ...         with open(clone, "r+b") as disk:
+    ...             disk.write(b"changed")
+    ...         await engine.umount("vm1.raw")  # what was written is kept
+    ...         names = [each.name for each in await engine.clones()]
+    ...         await engine.show_clone("vm1")
+    ...         await engine.discard_clone("vm1")
+    ...         await engine.umount(shown)
+    ...         return names, shown.name
+    >>> trio.run(disks, image)
+    (['vm1'], 'base')
     """
 
     def __init__(self, path: Path) -> None:
@@ -239,13 +280,15 @@ class EngineClient:
 async def connect(path: Path | str | None = None) -> AsyncIterator[EngineClient]:
     """An engine to ask; ``path`` is its socket (default: ``$UDEDUP_SOCKET``, else this user's engine's, else root's).
 
-    Raises :class:`UdedupError` if none listens there::
+    Raises :class:`UdedupError` if none listens there.
 
-        async with udedup.connect() as engine:
-            status = await engine.status()
-            for agent in status.agents:
-                if agent.command.startswith("redis-server"):
-                    await engine.unmerge(agent.pid)
+    >>> async def unmerge_all(name):
+    ...     async with udedup.connect() as engine:
+    ...         status = await engine.status()
+    ...         chosen = [agent for agent in status.agents if agent.command.startswith(name)]
+    ...         return [await engine.unmerge(agent.pid) for agent in chosen]
+    >>> trio.run(unmerge_all, "redis-server")
+    []
     """
     client = EngineClient(engine_socket() if path is None else Path(path))
     await client.open()

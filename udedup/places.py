@@ -12,7 +12,11 @@ SYSTEM_STATE = Path("/var/lib/udedup")
 
 
 def native_directory() -> Path:
-    """Returns where ``udedup.h`` and ``libudedup.so`` are: C programs that join by themselves need both."""
+    """Returns where ``udedup.h`` and ``libudedup.so`` are: C programs that join by themselves need both.
+
+    >>> sorted(path.name for path in udedup.native_directory().glob("*udedup.[hs]*"))
+    ['libudedup.so', 'udedup.h']
+    """
     return Path(__file__).parent
 
 

@@ -15,6 +15,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "attach.h"
 #include "hooks.h"
 #include "merged.h"
 #include "rings.h"
@@ -130,11 +131,6 @@ static int reserve(void)
 
 // ---- this process ----
 
-static void say_impossible(const char *format, const char *what)
-{
-	snprintf(udd_agent.reason, sizeof(udd_agent.reason), format, what);
-}
-
 static void read_command(char *ret, size_t room)
 {
 	int fd = open("/proc/self/cmdline", O_RDONLY | O_CLOEXEC);
@@ -165,9 +161,8 @@ static void open_test_counters(void)
 }
 
 // Made absolute: the agent's threads have a working directory of their own.
-static int set_socket_path(const char *path)
+static int set_socket_path(char *ret, const char *path)
 {
-	char *ret = udd_agent.socket_path;
 	char directory[UDD_PATH_MAX] = "";
 	int length;
 
@@ -177,22 +172,40 @@ static int set_socket_path(const char *path)
 	return length >= UDD_PATH_MAX ? -ENAMETOOLONG : 0;
 }
 
-int udd_agent_init(const char *socket_path, const char *label)
+static int claimed;
+
+bool udd_agent_claim(void)
+{
+	return !__atomic_exchange_n(&claimed, 1, __ATOMIC_ACQUIRE);
+}
+
+void udd_agent_unclaim(void)
+{
+	__atomic_store_n(&claimed, 0, __ATOMIC_RELEASE);
+}
+
+int udd_agent_choose(const struct udd_attach_request *wanted)
 {
 	struct udd_agent *agent = &udd_agent;
-	const char *missing;
-	int ret;
 
-	ret = set_socket_path(socket_path);
+	_Static_assert(sizeof(wanted->socket) == sizeof(agent->socket_path), "a path that fits in one fits in the other");
+	if (!memchr(wanted->socket, '\0', sizeof(wanted->socket)) || !memchr(wanted->label, '\0', sizeof(wanted->label)))
+		return -ENAMETOOLONG;
+	memcpy(agent->socket_path, wanted->socket, sizeof(agent->socket_path));
+	memcpy(agent->label, wanted->label, sizeof(agent->label));
+	agent->keep_ksm = wanted->flags & UDD_ATTACH_KEEP_KSM;
+	agent->quiet = wanted->flags & UDD_ATTACH_QUIET;
+	return 0;
+}
+
+int udd_agent_set_up(const struct udd_attach_request *wanted)
+{
+	struct udd_agent *agent = &udd_agent;
+	int ret = udd_agent_choose(wanted);
+
 	if (ret)
 		return ret;
-	if (strlen(label) >= sizeof(agent->label))
-		return -ENAMETOOLONG;
-	strcpy(agent->label, label); // NOLINT: it fits
 	read_command(agent->command, sizeof(agent->command));
-	agent->keep_ksm = getenv("UDEDUP_KEEP_KSM") != NULL;
-	agent->quiet = getenv("UDEDUP_QUIET_BREAKS") != NULL;
-	open_test_counters();
 	ret = reserve();
 	if (ret) {
 		// As if it had never been tried.
@@ -205,10 +218,47 @@ int udd_agent_init(const char *socket_path, const char *label)
 	agent->layout.smaps_fd = -1;
 	agent->live->stats = &agent->live->own_stats;
 	agent->live->started = 1;
-	// The agent is joined all the same: `status` shows what is in the way.
-	if (udd_hooks_install(&missing))
-		say_impossible("%s of this libc can't be hooked", missing);
 	return 0;
+}
+
+void udd_agent_say_unhooked(const char *function)
+{
+	snprintf(udd_agent.reason, sizeof(udd_agent.reason), "%s of this libc can't be hooked", function);
+}
+
+int udd_agent_init(const char *socket_path, const char *label)
+{
+	struct udd_attach_request wanted = {.flags = (getenv("UDEDUP_KEEP_KSM") ? UDD_ATTACH_KEEP_KSM : 0) |
+						     (getenv("UDEDUP_QUIET_BREAKS") ? UDD_ATTACH_QUIET : 0)};
+	const char *missing;
+	int ret = set_socket_path(wanted.socket, socket_path);
+
+	if (ret)
+		return ret;
+	if (strlen(label) >= sizeof(wanted.label))
+		return -ENAMETOOLONG;
+	strcpy(wanted.label, label); // NOLINT: it fits
+	open_test_counters();
+	ret = udd_agent_set_up(&wanted);
+	// The agent is joined all the same: `status` shows what is in the way.
+	if (!ret && udd_hooks_install(&missing))
+		udd_agent_say_unhooked(missing);
+	return ret;
+}
+
+void udd_agent_forget(void)
+{
+	struct udd_live *live = udd_live();
+	struct udd_layout *layout = &udd_agent.layout;
+
+	udd_lock_exclusive(&live->lock, 0);
+	memset(live->fds, 0, sizeof(live->fds));
+	for (uint32_t i = 0; i < udd_agent.files_used; i++)
+		udd_agent.files[i].mergeable = 0;
+	layout->count = 0;
+	layout->read_at = 0;
+	layout->stack_count = 0;
+	udd_unlock_exclusive(&live->lock);
 }
 
 static int start_worker(uintptr_t delay_ms)
@@ -220,8 +270,10 @@ static int start_worker(uintptr_t delay_ms)
 		return -EPERM;
 	}
 	ret = udd_thread_start(udd_worker_thread, (void *)delay_ms, udd_agent.worker_stack, udd_agent.tls, CLONE_FILES);
-
-	return ret < 0 ? ret : 0;
+	if (ret < 0)
+		return ret;
+	udd_live()->worker = ret;
+	return 0;
 }
 
 void udd_ring(enum udd_bell bell)
@@ -261,7 +313,7 @@ __attribute__((constructor)) static void wrapped(void)
 	const char *label = getenv("UDEDUP_DOMAIN");
 
 	// Loaded, but not by `udedup run`: udedup_join() comes later, or never.
-	if (!socket_path || udd_agent_init(socket_path, label ? label : ""))
+	if (!socket_path || udd_loaded_by_attach() || udd_agent_init(socket_path, label ? label : ""))
 		return;
 	udd_files_at_start();
 	udd_agent_start();
@@ -284,21 +336,20 @@ static const char *default_socket(char *buffer, size_t room)
 
 int udedup_join(const char *socket, const char *label)
 {
-	static int lock; // 0 nobody joins, 1 someone does, 2 done
 	char buffer[UDD_PATH_MAX];
 	struct timespec patience = udd_timespec(JOIN_MS * 1000000UL);
-	int expected = 0;
 	uint32_t joined;
 	int ret = 0;
 
-	if (!udd_live() && __atomic_compare_exchange_n(&lock, &expected, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+	if (!udd_live() && udd_agent_claim()) {
 		if (!socket)
 			socket = getenv("UDEDUP_SOCKET");
-		ret = udd_agent_init(socket ? socket : default_socket(buffer, sizeof(buffer)), label ? label : "");
-		if (!ret)
-			ret = udd_agent_start();
 		// What failed may be tried again.
-		__atomic_store_n(&lock, ret ? 0 : 2, __ATOMIC_SEQ_CST);
+		if (!udd_live())
+			ret = udd_agent_init(socket ? socket : default_socket(buffer, sizeof(buffer)), label ? label : "");
+		if (!ret && !udd_live()->worker)
+			ret = udd_agent_start();
+		udd_agent_unclaim();
 	}
 	if (ret)
 		return ret;

@@ -11,6 +11,7 @@
 
 #include <stdbool.h>
 
+#include "../common/attach.h"
 #include "../common/wire.h"
 #include "files.h"
 #include "layout.h"
@@ -57,6 +58,7 @@ enum udd_bell {
 	UDD_BELL_SOCKET = 1, // the engine sent something, or is gone
 	UDD_BELL_HINTS = 2,  // the engine asked to be told of hints
 	UDD_BELL_ARM = 4,    // merged runs have lost their write protection
+	UDD_BELL_LEAVE = 8,  // the program is to be left
 };
 
 // A descriptor of the application: what read() on it gives.
@@ -89,6 +91,8 @@ struct udd_live {
 	uint64_t holdoff_ns;           // how long a broken page is left alone
 	uint64_t vma_limit;            // mappings the process may have
 	int32_t fault_tid;             // the fault thread, for its CPU clock
+	int32_t worker;                // the worker thread; 0: there is none
+	struct udd_attach_live attach; // what `udedup attach` reads and writes
 	struct {
 		uint64_t next;         // address
 		uint64_t pages;        // of the last break
@@ -192,6 +196,17 @@ static inline void udd_test_count(enum udd_test_counter counter, uint64_t n)
 // Sets the agent up in this process: reservation, tables, hooks. Once, from the constructor or udedup_join().
 // Returns 0 or a negative errno; udd_agent.reason says what went wrong.
 int udd_agent_init(const char *socket_path, const char *label);
+// The same without hooks, and with what would be in the environment named by who asks for it.
+int udd_agent_set_up(const struct udd_attach_request *wanted);
+// Only who has claimed the agent sets it up, or changes what it is to do. False: another has. Never waits.
+bool udd_agent_claim(void);
+void udd_agent_unclaim(void);
+// Which engine to join, and as what. 0 or a negative errno.
+int udd_agent_choose(const struct udd_attach_request *wanted);
+// A function without which there is no merging could not be hooked.
+void udd_agent_say_unhooked(const char *function);
+// Nothing is merged, and the functions were not hooked for a while: forgets what the hooks have told of the process.
+void udd_agent_forget(void);
 // Starts the agent's threads in this process.
 int udd_agent_start(void);
 // In a fork child, before anything else of the agent runs there.

@@ -13,7 +13,7 @@ enum { LOOK_NS = 10000000 }; // how old a look at the system's setting may be
 static int mode_fd = -1;
 static uint64_t looked_at;       // ns: at the mode
 static uint32_t promises_freely; // by the mode; 0 until it is known
-static uint32_t generous;        // all together
+static uint32_t limits_allow = 1; // by the limits of the process, as of the last look at them
 
 void udd_commit_open(void)
 {
@@ -21,9 +21,8 @@ void udd_commit_open(void)
 	__atomic_store_n(&looked_at, 0, __ATOMIC_RELAXED);
 }
 
-static void look_at_mode(void)
+void udd_commit_look_at_mode(uint64_t now)
 {
-	uint64_t now = udd_now();
 	char mode = '2';
 
 	// Both threads may look, and find the same.
@@ -61,17 +60,15 @@ bool udd_commit_has_room(void)
 
 void udd_commit_look(void)
 {
-	bool ret;
+	bool unlimited = is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA);
 
-	look_at_mode();
-	ret = __atomic_load_n(&promises_freely, __ATOMIC_RELAXED) &&
-	      ((is_unlimited(RLIMIT_AS) && is_unlimited(RLIMIT_DATA)) || udd_commit_has_room());
-	__atomic_store_n(&generous, ret, __ATOMIC_RELAXED);
+	udd_commit_look_at_mode(udd_now());
+	__atomic_store_n(&limits_allow, unlimited || udd_commit_has_room(), __ATOMIC_RELAXED);
 }
 
 bool udd_commit_strict(void)
 {
-	return !__atomic_load_n(&generous, __ATOMIC_RELAXED);
+	return !__atomic_load_n(&promises_freely, __ATOMIC_RELAXED) || !__atomic_load_n(&limits_allow, __ATOMIC_RELAXED);
 }
 
 bool udd_commit_allows(void)

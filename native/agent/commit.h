@@ -13,10 +13,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-// Opens the setting, for the agent's threads. Until it was looked at, and where it can't be read, the kernel is taken for strict.
+// Opens the setting, for the agent's threads. Until it is looked at, and where it can't be read, the kernel is taken for strict.
 void udd_commit_open(void);
 // Looks how things are, for the time that the lock is held exclusively. Threads of the agent only.
 void udd_commit_look(void);
+// Only at the system's setting, for those who find out about the limits by themselves. `now`: ns
+void udd_commit_look_at_mode(uint64_t now);
 // Whether the kernel was strict at the last look; any thread.
 bool udd_commit_strict(void);
 // Whether there is room for UDD_STAGING_PAGES more.

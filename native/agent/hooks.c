@@ -1056,19 +1056,18 @@ static const struct {
 	{"dup3", HOOK(udd_hook_dup3), NULL, LOCK_NONE, "descriptors whose kind is forgotten"},
 };
 
-enum {
-	HOOKS = sizeof(hooks) / sizeof(hooks[0]),
-	INTERRUPTING = 2, // those that learn of what may come in between
-};
+enum { HOOKS = sizeof(hooks) / sizeof(hooks[0]) };
 
-int udd_hooks_install(const char **missing)
+_Static_assert((int)HOOKS <= (int)UDD_ATTACH_PATCHES_MAX, "the table that udedup attach reads has room for all");
+
+static struct udd_patch patches[HOOKS];
+
+int udd_hooks_prepare(const char **missing)
 {
 	// libc's own functions, whoever may have interposed them.
 	void *libc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
 	int ret = libc ? udd_patch_init(dlsym(libc, "munmap")) : -ENOENT;
-	struct udd_patch patches[HOOKS];
-	int errors[HOOKS];
-	unsigned interrupting = 0;
+	int error;
 
 	*missing = "libc";
 	if (ret)
@@ -1076,25 +1075,87 @@ int udd_hooks_install(const char **missing)
 	for (size_t i = 0; i < HOOKS; i++) {
 		void *function = dlsym(libc, hooks[i].symbol);
 
-		errors[i] = function ? udd_patch_prepare(function, hooks[i].hook, hooks[i].original, &patches[i]) : -ENOENT;
+		error = function ? udd_patch_prepare(function, hooks[i].hook, hooks[i].original, &patches[i]) : -ENOENT;
+		if (error && hooks[i].lock == LOCK_MAP && !ret) {
+			*missing = hooks[i].symbol;
+			ret = error;
+		}
 	}
 	dlclose(libc);
-	ret = udd_patch_seal();
-	if (ret)
-		return ret;
+	error = udd_patch_seal();
+	if (error)
+		memset(patches, 0, sizeof(patches));
+	return error ? error : ret;
+}
+
+static bool is_installed(const void *hook)
+{
 	for (size_t i = 0; i < HOOKS; i++) {
-		if (!errors[i])
-			errors[i] = udd_patch_apply(&patches[i]);
-		if (!errors[i]) {
+		if (hooks[i].hook == hook)
+			return udd_agent.hooks >> i & 1;
+	}
+	return false;
+}
+
+// Of all that may come in between a hook's beginning and its end.
+static bool learns_of_interruptions(void)
+{
+	return is_installed(HOOK(hook_sigaction)) && is_installed(HOOK(hook_cancel));
+}
+
+int udd_hooks_install(const char **missing)
+{
+	int ret = udd_hooks_prepare(missing);
+
+	for (size_t i = 0; i < HOOKS; i++) {
+		int error = patches[i].entry ? udd_patch_apply(&patches[i]) : -ENOENT;
+
+		if (!error) {
 			udd_agent.hooks |= 1UL << i;
-			interrupting += hooks[i].hook == HOOK(hook_sigaction) || hooks[i].hook == HOOK(hook_cancel);
 		} else if (hooks[i].lock == LOCK_MAP && !ret) {
 			*missing = hooks[i].symbol;
-			ret = errors[i];
+			ret = error;
 		}
 	}
 	udd_patch_done();
-	if (interrupting == INTERRUPTING)
+	if (learns_of_interruptions())
 		become_calm();
 	return ret;
+}
+
+void udd_hooks_list(struct udd_attachment *ret)
+{
+	ret->patch_count = HOOKS;
+	for (size_t i = 0; i < HOOKS; i++) {
+		ret->patches[i] = (struct udd_attach_patch){
+			.entry = (uint64_t)(uintptr_t)patches[i].entry,
+			.before = patches[i].before,
+			.after = patches[i].word,
+			.maps = hooks[i].lock == LOCK_MAP,
+		};
+	}
+}
+
+void udd_hooks_forget(void)
+{
+	struct udd_live *live = udd_live();
+
+	udd_lock_exclusive(&live->lock, 0);
+	udd_agent.hooks = 0;
+	udd_agent.knows_handlers = false;
+	udd_agent.has_handlers = false;
+	udd_lock_set_calm(&live->lock, false);
+	udd_unlock_exclusive(&live->lock);
+}
+
+void udd_hooks_patched(void)
+{
+	struct udd_live *live = udd_live();
+
+	udd_lock_exclusive(&live->lock, 0);
+	for (size_t i = 0; i < HOOKS; i++)
+		udd_agent.hooks |= (uint64_t)!!patches[i].entry << i;
+	udd_agent.knows_handlers = learns_of_interruptions();
+	udd_look_for_handlers();
+	udd_unlock_exclusive(&live->lock);
 }

@@ -127,7 +127,8 @@ int udd_patch_prepare(void *function, const void *hook, void **original, struct 
 			return error;
 		*original = trampoline;
 	}
-	memcpy(&ret->word, function, sizeof(ret->word));
+	memcpy(&ret->before, function, sizeof(ret->before));
+	ret->word = ret->before;
 	((unsigned char *)&ret->word)[0] = 0xe9;
 	memcpy((unsigned char *)&ret->word + 1, &distance, sizeof(distance));
 	ret->entry = function;

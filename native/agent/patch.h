@@ -11,6 +11,7 @@
 // One function's replacement, prepared.
 struct udd_patch {
 	uint64_t *entry; // the function; NULL: nothing to apply
+	uint64_t before; // its first bytes as they are
 	uint64_t word;   // its first bytes from then on
 };
 

@@ -102,7 +102,7 @@ bool udd_worker_lock(uint64_t *started)
 	if (!udd_lock_exclusive_last(&udd_live()->lock, LOCK_PATIENCE_NS))
 		return false;
 	*started = udd_now();
-	udd_commit_look();
+	udd_commit_look_at_mode(*started);
 	udd_settle();
 	udd_layout_apply(&udd_agent.layout, udd_live()->stale, &udd_live()->stale_count);
 	return true;

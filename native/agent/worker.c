@@ -14,6 +14,7 @@
 #include <sys/un.h>
 
 #include "agent.h"
+#include "attach.h"
 #include "fault.h"
 #include "merged.h"
 #include "rings.h"
@@ -69,7 +70,7 @@ void udd_stop_merging(const char *reason)
 	__atomic_store_n(&live->stats->merging, 0, __ATOMIC_RELEASE);
 }
 
-static void nap(uint64_t milliseconds)
+void udd_nap(uint64_t milliseconds)
 {
 	struct timespec time = udd_timespec(milliseconds * 1000000);
 
@@ -604,7 +605,7 @@ static void serve_engine(struct worker *worker)
 	for (;;) {
 		uint32_t bell = __atomic_exchange_n(&live->bell, 0, __ATOMIC_SEQ_CST);
 
-		if ((bell & UDD_BELL_HINTS) && !ring_engine(worker))
+		if (udd_attach_is_leaving() || ((bell & UDD_BELL_HINTS) && !ring_engine(worker)))
 			return;
 		// Not urgent: such runs work, they only break uncounted so far.
 		if ((bell & UDD_BELL_ARM) && !udd_arm_runs())
@@ -622,6 +623,58 @@ static void serve_engine(struct worker *worker)
 		if (!bell)
 			udd_sys(SYS_futex, &live->bell, FUTEX_WAIT_PRIVATE, 0, NULL);
 	}
+}
+
+// ---- leaving ----
+
+// Nothing is shared any more. Returns when somebody attaches, and then it is as if nothing had been joined before.
+static void wait_for_another_time(struct worker *worker, enum udd_attach_state state)
+{
+	bool clean = !udd_agent.runs.count;
+
+	announce(2);
+	udd_attach_park(state, clean);
+	if (clean)
+		udd_agent_forget();
+	worker->ever_joined = false;
+	udd_live()->stats->reason[0] = '\0';
+	announce(0);
+}
+
+// Whether no page is shared any more. Pages that broke in place are private, but can't be moved out of their mapping.
+static bool all_private(void)
+{
+	const struct udd_run_entry *run;
+
+	udd_lock_exclusive(&udd_live()->lock, 0);
+	udd_settle();
+	run = udd_agent.runs.count ? udd_runs_find(&udd_agent.runs, 0) : NULL;
+	while (run && run->broken)
+		run = udd_runs_next(run);
+	udd_unlock_exclusive(&udd_live()->lock);
+	return !run;
+}
+
+// Gives everything back, and waits for another time. What can't be given back stays, and the worker joins again.
+static void leave(struct worker *worker)
+{
+	const struct udd_span everything = {0, UINT64_MAX};
+
+	udd_stop_merging("udedup detach has taken it out");
+	while (!all_private()) {
+		if (udd_unmerge(everything))
+			continue;
+		udd_attach_stay();
+		return;
+	}
+	udd_agent.engine_id[0] = 0;
+	udd_agent.engine_id[1] = 0;
+	for (int at = 0; (at = udd_segment_next_foreign((uint32_t)at)) >= 0;)
+		at++;
+	// A thread may still be pushing a hint there.
+	if (worker->shared)
+		udd_sys(SYS_mmap, worker->shared, UDD_SHARED_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	wait_for_another_time(worker, UDD_ATTACH_LEFT);
 }
 
 void udd_worker_thread(void *argument)
@@ -647,7 +700,8 @@ void udd_worker_thread(void *argument)
 	udd_sys(SYS_prctl, PR_SET_TIMERSLACK, 1);
 	// Nor does it keep a file system busy.
 	udd_sys(SYS_chdir, "/");
-	nap((uint64_t)(uintptr_t)argument);
+	udd_nap((uint64_t)(uintptr_t)argument);
+	udd_attach_wait();
 	worker.device = (int)udd_sys(SYS_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 	udd_agent.layout.smaps_fd = (int)udd_sys(SYS_openat, AT_FDCWD, "/proc/self/smaps", O_RDONLY | O_CLOEXEC);
 	for (;;) {
@@ -655,17 +709,19 @@ void udd_worker_thread(void *argument)
 		ret = worker.socket < 0 ? worker.socket : join(&worker);
 		if (!ret) {
 			announce(1);
+			udd_attach_tell(UDD_ATTACH_JOINED);
 			backoff = BACKOFF_FIRST_MS;
 			serve_engine(&worker);
 		}
 		leave_shared_area(&worker);
 		udd_close(worker.socket);
 		if (ret == -EACCES) {
-			announce(2);
-			// With faults to serve, or not: there is nothing left to do for this thread.
-			udd_sys(SYS_exit, 0);
+			wait_for_another_time(&worker, UDD_ATTACH_REFUSED);
+		} else if (udd_attach_is_leaving()) {
+			leave(&worker);
+		} else {
+			udd_attach_nap(backoff);
+			backoff = udd_min(backoff * 2, BACKOFF_LAST_MS);
 		}
-		nap(backoff);
-		backoff = udd_min(backoff * 2, BACKOFF_LAST_MS);
 	}
 }

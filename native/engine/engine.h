@@ -516,4 +516,141 @@ int udd_sampler_take(struct udd_sampler *sampler, const uint32_t *pids, size_t c
 // Seconds from opportunity to merge, one for each merge so far; valid until the next sample. Returns their number.
 size_t udd_sampler_latencies(const struct udd_sampler *sampler, const float **ret);
 
+// ---- estimate.c: what could be shared in any processes, seen from outside ----
+
+enum {
+	UDD_ESTIMATE_TIMES = 12,    // contents that are seen as often as this or more are counted together
+	UDD_ESTIMATE_READERS = 256, // at most
+};
+
+struct udd_estimate;
+struct udd_reader;
+
+// What is counted together: a mapping's name in one process. Counts are pages.
+struct udd_place {
+	uint64_t pages;        // present; the kernel's zero page is none
+	uint64_t already;      // of them: on a frame that was counted before, or without frames mapped more than once
+	uint64_t already_file; // of these: of files, or shared memory
+	uint64_t already_ksm;  // of these: merged by KSM
+	uint64_t file;         // of the others, which are frames: of files, or shared memory
+	uint64_t sampled;      // of the frames: those that were to be read, all or a sample
+	uint64_t unreadable;   // of these
+	uint64_t zero;         // of these: all zero, and in none of the following
+	uint64_t zero_file;    // of them: of files, or shared memory
+	uint64_t known;        // of those read: with the content of an image's block
+	double within;         // saved if equal frames of one process were one
+	double between;        // saved besides if equal frames of different processes were one; each process has an equal part
+	uint32_t process;      // number of it
+};
+
+// Page numbers [page, end) of a process.
+struct udd_mapped {
+	uint64_t page;
+	uint64_t end;
+	uint64_t place;
+};
+
+// How far ranges have been looked at; all zero at the beginning.
+struct udd_position {
+	uint64_t range;
+	uint64_t page;
+};
+
+// How often contents were found in frames, those that are all zero apart.
+struct udd_contents {
+	uint64_t seen[UDD_ESTIMATE_TIMES + 1]; // number of contents by how often they were found
+	uint64_t pages;                        // found in so many frames
+};
+
+// What is saved beside zero pages, pages.
+struct udd_saved {
+	double within; // as of all places
+	double between;
+	double anonymous; // anonymous frames with each other
+	double file;      // frames of files with each other
+	double mixed;     // these two kinds with each other
+};
+
+// `part`: how much of the memory is to be read, 1 for all of it, else frames are chosen at random, by `seed`. NULL: no memory.
+struct udd_estimate *udd_estimate_create(double part, uint64_t seed);
+void udd_estimate_destroy(struct udd_estimate *estimate);
+// Whether the kernel shows page frames.
+int udd_estimate_has_frames(const struct udd_estimate *estimate);
+// Returns the number of a new place, or a negative errno. Not for two threads at a time.
+int64_t udd_estimate_add_place(struct udd_estimate *estimate, uint32_t process);
+// Stays where it is.
+struct udd_place *udd_estimate_place(const struct udd_estimate *estimate, uint64_t place);
+
+// Who looks: one of several threads. It goes with the estimate. NULL: no memory, or there are too many. Not for two threads at a time.
+struct udd_reader *udd_reader_create(struct udd_estimate *estimate);
+// Goes on looking at a process until some `limit` pages were present or `position` is behind the last range. Returns how many were, or
+// a negative errno. `memory`, `pagemap`: of /proc/PID.
+int64_t udd_reader_look(struct udd_reader *reader, int memory, int pagemap, const struct udd_mapped *ranges, size_t count,
+			uint64_t limit, struct udd_position *position);
+// Afterwards, before any of the following: brings equal contents together.
+void udd_reader_sort(struct udd_reader *reader);
+
+// Makes blocks of an image known by their digests, two words each, both 0 for those that aren't. Returns how many were, those that
+// are all zero apart.
+uint64_t udd_estimate_know(struct udd_estimate *estimate, const uint64_t *digests, size_t count);
+// -ENOMEM.
+int udd_estimate_count(const struct udd_estimate *estimate, struct udd_contents *ret);
+// Fills in what places would save, once. `weight`: how many frames each in the sample stands for. `shares`: the part that is saved of a
+// frame whose content was found so often, by how often, less than UDD_ESTIMATE_TIMES times. -ENOMEM.
+int udd_estimate_judge(struct udd_estimate *estimate, const double *shares, double weight, struct udd_saved *ret);
+
+// ---- attach.c: a program that runs already ----
+
+// Code of a program, by its addresses: [start, end).
+struct udd_code {
+	uint64_t start;
+	uint64_t end;
+};
+
+// What has to be known of a program before a function can be called in it.
+struct udd_program {
+	int32_t pid;
+	uint32_t tid_offset;    // bytes from a thread's pointer to where libc keeps its number
+	int64_t errno_offset;   // likewise to errno
+	uint64_t restorer;      // address of code that calls rt_sigreturn()
+	uint64_t stack_start;   // where the first thread's stack begins, from above
+	uint64_t stack_limit;   // how large that may become, bytes
+	uint32_t filtered;      // 1: its system calls go through a seccomp filter
+	uint32_t calm_count;
+	uint32_t barred_count;
+	uint32_t waiting_count;
+	const struct udd_code *calm;    // a running thread can be used here: no lock that dlopen() takes can be held
+	const struct udd_code *barred;  // not even one that waits can be used here
+	const struct udd_code *waiting; // libc's functions that do nothing but wait
+};
+
+// How it went.
+struct udd_attach_outcome {
+	uint64_t held_ns;      // how long threads were held: one, for a call; all, for a change. The longest time, if tried again
+	uint32_t threads;      // how many
+	int32_t signal;        // a call ended by this signal; 0: it did not
+	int32_t failed_call;   // the last system call that failed in it, and its errno; 0: none
+	int32_t failed_errno;
+};
+
+// A word of the program's code or data that is to be changed.
+struct udd_attach_word {
+	uint64_t address;
+	uint64_t before;
+	uint64_t after;
+};
+
+// Calls function(address of a copy of `data`, second) in a thread of the program, within `patience_ms`; the others run on.
+// -EAGAIN: no thread was at a place where that can be done. -EINTR: the call was ended by a signal. -ETIMEDOUT: it takes too
+// long, and will end by itself. -ESRCH: the program has ended.
+int udd_attach_call(const struct udd_program *program, uint64_t function, const void *data, size_t bytes, uint64_t second,
+		    uint32_t patience_ms, struct udd_attach_outcome *ret);
+// The `index`th of a thread's seccomp filters, newest first, as its instructions (struct sock_filter). How many those are, or
+// -ENOENT: there is no such filter; -EACCES, -EPERM: that is not for us to know; -EBUSY; -ESRCH.
+int udd_attach_filter(int tid, uint32_t index, uint64_t *ret, size_t room);
+// Changes all of `words` while no thread runs, and none is in `barred` code. -EAGAIN: there was always one within `patience_ms`.
+// -ESTALE: some of them are not what they should be before, and none was changed. -ESRCH: the program has ended.
+int udd_attach_change(int pid, const struct udd_code *barred, size_t barred_count, const struct udd_attach_word *words, size_t count,
+		      uint32_t patience_ms, struct udd_attach_outcome *ret);
+
 #endif

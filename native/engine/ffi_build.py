@@ -1,6 +1,6 @@
 """Build description of ``udedup._native``: cffi in API mode over ``native/engine``.
 
-The declarations are the headers themselves (``wire.h`` and ``engine.h``) with their preprocessor lines
+The declarations are the headers themselves (``wire.h``, ``attach.h`` and ``engine.h``) with their preprocessor lines
 taken out, so that Python and C can't disagree about a struct.
 """
 
@@ -19,6 +19,7 @@ def declarations(header: Path) -> str:
 
 ffi = FFI()
 ffi.cdef(declarations(NATIVE / "common" / "wire.h"))
+ffi.cdef(declarations(NATIVE / "common" / "attach.h"))
 ffi.cdef(declarations(NATIVE / "engine" / "engine.h"))
 # What C calls, and Python is: see engine/session.c.
 ffi.cdef("""
@@ -30,7 +31,7 @@ extern "Python+C" {
 """)
 ffi.set_source(
     "udedup._native",
-    '#include "engine/engine.h"',
+    '#include "common/attach.h"\n#include "engine/engine.h"',
     sources=sorted(
         str(path.relative_to(NATIVE.parent)) for part in ("engine", "common") for path in (NATIVE / part).glob("*.c")
     ),

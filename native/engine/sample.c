@@ -8,9 +8,7 @@
 // as the last sample that did not have it.
 //
 // All-zero pages are counted apart: they say little about how well equal content is found.
-#include <ctype.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,15 +17,11 @@
 
 #include "../common/digest.h"
 #include "engine.h"
+#include "look.h"
 
 enum {
-	PAGE = 4096,
-	BATCH = 256, // pages read at a time
 	TABLE_LEAST = 1024,
 };
-
-#define PAGEMAP_PRESENT (1ULL << 63)
-#define PAGEMAP_FRAME ((1ULL << 55) - 1)
 
 // What a sample found at a place. Its digest is half of the page's: a chance equality among 2^64 does not matter here.
 struct place {
@@ -66,7 +60,7 @@ struct udd_sampler {
 	size_t latency_room;
 	struct udd_sample sample; // the last one
 	uint64_t zero_digest;
-	uint8_t *buffer;   // BATCH pages
+	uint8_t *buffer;   // UDD_LOOK_BATCH pages
 	struct table seen; // digests by frame, of the sample being taken: what is merged is read once
 };
 
@@ -134,12 +128,12 @@ static uint64_t digest(const void *page)
 
 struct udd_sampler *udd_sampler_create(void)
 {
-	static const uint8_t zero[PAGE] __attribute__((aligned(64)));
+	static const uint8_t zero[UDD_PAGE_SIZE] __attribute__((aligned(64)));
 	struct udd_sampler *sampler = calloc(1, sizeof(*sampler));
 
 	if (!sampler)
 		return NULL;
-	sampler->buffer = aligned_alloc(PAGE, BATCH * PAGE);
+	sampler->buffer = aligned_alloc(UDD_PAGE_SIZE, UDD_LOOK_BATCH * UDD_PAGE_SIZE);
 	sampler->zero_digest = digest(zero);
 	if (!sampler->buffer || table_init(&sampler->known, 0)) {
 		udd_sampler_destroy(sampler);
@@ -171,7 +165,7 @@ int udd_sampler_know(struct udd_sampler *sampler, const void *blocks, size_t cou
 		if (sampler->known.slots[i].key)
 			table_at(&grown, sampler->known.slots[i].key);
 	for (size_t i = 0; i < count; i++) {
-		uint64_t each = digest((const uint8_t *)blocks + i * PAGE);
+		uint64_t each = digest((const uint8_t *)blocks + i * UDD_PAGE_SIZE);
 
 		if (each != sampler->zero_digest)
 			table_at(&grown, each);
@@ -196,14 +190,6 @@ struct process {
 	int pagemap;
 };
 
-static int open_of(uint32_t pid, const char *name)
-{
-	char path[64];
-
-	snprintf(path, sizeof(path), "/proc/%u/%s", pid, name);
-	return open(path, O_RDONLY | O_CLOEXEC);
-}
-
 static int places_add(struct places *places, struct place place)
 {
 	if (places->count == places->room) {
@@ -226,20 +212,34 @@ static void remember(struct table *seen, uint64_t frame, uint64_t digest)
 		*table_at(seen, frame) = digest;
 }
 
-// A stretch of present pages, at most BATCH. What is gone meanwhile is left out.
-static int read_stretch(struct udd_sampler *sampler, const struct process *process, uint64_t page, const uint64_t *entries,
-			size_t count, struct places *ret)
+// Pages that have just been found present. What is on a frame that was seen needs no reading; what is gone meanwhile is left out.
+static int read_pages(struct udd_sampler *sampler, const struct process *process, struct udd_seen_page *pages, size_t count, struct places *ret)
 {
-	ssize_t got = pread(process->memory, sampler->buffer, count * PAGE, page * PAGE);
+	size_t unseen = 0;
 
-	for (ssize_t i = 0; i < got / PAGE; i++) {
+	for (size_t i = 0; i < count; i++) {
+		uint64_t frame = pages[i].entry & UDD_ENTRY_FRAME;
+		const uint64_t *seen = frame ? table_find(&sampler->seen, frame) : NULL;
+		int r = 0;
+
+		if (!frame)
+			return -EPERM; // the kernel shows frames to root only
+		if (seen)
+			r = places_add(ret, (struct place){.page = pages[i].page, .pid = process->pid, .digest = *seen, .frame = frame});
+		else
+			pages[unseen++] = pages[i];
+		if (r)
+			return r;
+	}
+	unseen = udd_look_read(process->memory, pages, unseen, sampler->buffer);
+	for (size_t i = 0; i < unseen; i++) {
 		struct place place = {
-			.page = page + i,
+			.page = pages[i].page,
 			.pid = process->pid,
-			.digest = digest(sampler->buffer + i * PAGE),
-			.frame = entries[i] & PAGEMAP_FRAME,
+			.digest = digest(sampler->buffer + i * UDD_PAGE_SIZE),
+			.frame = pages[i].entry & UDD_ENTRY_FRAME,
 		};
-		int r = place.frame ? places_add(ret, place) : -EPERM; // the kernel shows frames to root only
+		int r = places_add(ret, place);
 
 		if (r)
 			return r;
@@ -248,65 +248,21 @@ static int read_stretch(struct udd_sampler *sampler, const struct process *proce
 	return 0;
 }
 
-// What is on the frame of a pagemap entry, if it was read in this sample; 0 if not, or if no page is there.
-static uint64_t seen_at(const struct udd_sampler *sampler, uint64_t entry)
-{
-	uint64_t frame = entry & PAGEMAP_PRESENT ? entry & PAGEMAP_FRAME : 0;
-	const uint64_t *seen = frame ? table_find(&sampler->seen, frame) : NULL;
-
-	return seen ? *seen : 0;
-}
-
-// The first present pages of some that follow each other: one that was seen, or as many as were not. `ret_next`: how many
-// entries that took.
-static int read_some(struct udd_sampler *sampler, const struct process *process, uint64_t page, const uint64_t *entries,
-		     size_t count, struct places *ret, size_t *ret_next)
-{
-	uint64_t seen = seen_at(sampler, entries[0]);
-	size_t next = 1;
-
-	if (seen) {
-		struct place place = {
-			.page = page,
-			.pid = process->pid,
-			.digest = seen,
-			.frame = entries[0] & PAGEMAP_FRAME,
-		};
-
-		*ret_next = 1;
-		return places_add(ret, place);
-	}
-	while (next < count && entries[next] & PAGEMAP_PRESENT && !seen_at(sampler, entries[next]))
-		next++;
-	*ret_next = next;
-	return read_stretch(sampler, process, page, entries, next, ret);
-}
-
 // All present pages of a mapping.
 static int read_mapping(struct udd_sampler *sampler, const struct process *process, uint64_t page, uint64_t end,
 			struct places *ret)
 {
-	uint64_t entries[BATCH];
+	struct udd_seen_page pages[UDD_LOOK_BATCH];
+	struct udd_look look;
 
-	while (page < end) {
-		size_t wanted = end - page < BATCH ? end - page : BATCH;
-		ssize_t got = pread(process->pagemap, entries, wanted * sizeof(*entries), page * sizeof(*entries));
-		size_t count = got > 0 ? got / sizeof(*entries) : 0;
+	udd_look_init(&look, process->pagemap, page, end, 0);
+	for (;;) {
+		int count = udd_look_next(&look, pages, UDD_LOOK_BATCH);
+		int r = count > 0 ? read_pages(sampler, process, pages, count, ret) : count;
 
-		if (!count)
-			return 0;
-		for (size_t first = 0, taken = 1; first < count; first += taken) {
-			taken = 1;
-			int r = entries[first] & PAGEMAP_PRESENT
-					? read_some(sampler, process, page + first, entries + first, count - first, ret, &taken)
-					: 0;
-
-			if (r)
-				return r;
-		}
-		page += count;
+		if (r || !count)
+			return r;
 	}
-	return 0;
 }
 
 // Whether a line of /proc/PID/maps is of private memory that can be merged, or is merged.
@@ -321,7 +277,7 @@ static bool of_interest(const char *permissions, const char *path)
 	return permissions[1] == 'w' && (!*path || !strncmp(path, "[heap]", 6) || !strncmp(path, "[anon", 5));
 }
 
-static int read_process(struct udd_sampler *sampler, const struct process *process, FILE *maps, struct places *ret)
+static int read_mappings(struct udd_sampler *sampler, const struct process *process, FILE *maps, struct places *ret)
 {
 	char *line = NULL;
 	size_t room = 0;
@@ -336,23 +292,32 @@ static int read_process(struct udd_sampler *sampler, const struct process *proce
 			continue;
 		line[strcspn(line, "\n")] = 0;
 		if (of_interest(permissions, line + path))
-			r = read_mapping(sampler, process, start / PAGE, end / PAGE, ret);
+			r = read_mapping(sampler, process, start / UDD_PAGE_SIZE, end / UDD_PAGE_SIZE, ret);
 	}
 	free(line);
 	return r;
 }
 
+static bool refused(int descriptor)
+{
+	return descriptor == -EACCES || descriptor == -EPERM;
+}
+
 // A process that is gone has no pages.
 static int read_pid(struct udd_sampler *sampler, uint32_t pid, struct places *ret)
 {
-	struct process process = {.pid = pid, .memory = open_of(pid, "mem"), .pagemap = open_of(pid, "pagemap")};
-	int maps_fd = open_of(pid, "maps");
+	struct process process = {
+		.pid = pid,
+		.memory = udd_look_open(pid, "mem"),
+		.pagemap = udd_look_open(pid, "pagemap"),
+	};
+	int maps_fd = udd_look_open(pid, "maps");
 	FILE *maps = maps_fd < 0 ? NULL : fdopen(maps_fd, "r");
 	int r = 0;
 
 	if (maps && process.memory >= 0 && process.pagemap >= 0)
-		r = read_process(sampler, &process, maps, ret);
-	else if (errno == EACCES || errno == EPERM)
+		r = read_mappings(sampler, &process, maps, ret);
+	else if (refused(process.memory) || refused(process.pagemap) || refused(maps_fd))
 		r = -EPERM;
 	if (maps)
 		fclose(maps);

@@ -13,6 +13,7 @@ from agent.conftest import LIBRARY, REPOSITORY, Wrapper
 from support.engine import Engine
 from support.users import NOBODY, as_nobody, as_user, listener_of, open_way
 
+import udedup
 from udedup.engine.native import lib
 from udedup.engine.wire import refusal
 
@@ -183,16 +184,34 @@ def test_the_engine_knows_that_a_program_paused(shared_engine: Engine) -> None:
     assert (agent["merging"], agent["paused"], agent["reason"]) == (False, False, "the program has paused it")
 
 
-def test_examples_of_the_documentation(shared_engine: Engine) -> None:
-    """Those of udedup.api, in a process of their own: joining is for life."""
-    done = run_python(
-        """
-import doctest, os, sys
+EXAMPLES = """
+import doctest, importlib, os, sys
 os.environ["UDEDUP_SOCKET"] = sys.argv[1]
-import udedup.api
-failed, tried = doctest.testmod(udedup.api, extraglobs={"udedup": udedup})
-print(failed, tried)
-""",
-        shared_engine.socket,
-    )
-    assert (done.returncode, done.stdout) == (0, "0 7\n"), done.stdout + done.stderr
+import udedup
+for name in ("api", "client", "places"):
+    module = importlib.import_module(f"udedup.{name}")
+    names = {**vars(module), "udedup": udedup, "os": os, "trio": importlib.import_module("trio"), "image": sys.argv[2]}
+    print(name, *doctest.testmod(module, globs=names))
+"""
+
+
+@pytest.mark.require("fuse")
+def test_examples_of_the_documentation(engine: Engine, tmp_path: Path) -> None:
+    """In a process of their own: joining is for life."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom(1 << 16))
+    done = run_python(EXAMPLES, engine.socket, image)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["api", "0"],
+        ["client", "0"],
+        ["places", "0"],
+    ], done.stdout
+
+
+def test_each_public_name_has_an_example() -> None:
+    """Or is part of what has one: an exception, and what is returned."""
+    for name in set(udedup.__all__) - {"UdedupError", "Stats"}:
+        text = getattr(udedup, name).__doc__
+        assert text is not None
+        assert ">>> " in text, name

@@ -90,6 +90,11 @@ def last(text: str) -> Callable[[list[str]], bool]:
     return lambda screen: text in screen[-1]
 
 
+def both(selected: str, remark: str) -> Callable[[list[str]], bool]:
+    """What is said of the selected process, and in the last line. The state may be seen before the deed is done."""
+    return lambda screen: screen[-2].startswith(selected) and remark in screen[-1]
+
+
 def test_it_shows_rates_and_what_is_saved(top: Open) -> None:
     program = top()
     assert not program.restored
@@ -159,9 +164,9 @@ def test_selecting_pausing_and_resuming(top: Open, faked: Faked) -> None:
     program.send("\x1b[F")
     program.until(lambda screen: screen[-2].startswith("1 worker-1: active"), "selected")
     program.send("p")
-    program.until(lambda screen: screen[-2].startswith("1 worker-1: paused on request"), "paused")
+    program.until(both("1 worker-1: paused on request", "1 is paused"), "paused")
     program.send("p")
-    program.until(lambda screen: screen[-2].startswith("1 worker-1: active"), "resumed")
+    program.until(both("1 worker-1: active", "1 may merge again"), "resumed")
     assert faked.deeds == [{"op": "pause", "pid": 1}, {"op": "merge", "pid": 1}]
 
 
@@ -192,7 +197,7 @@ def test_sorting(top: Open) -> None:
 def test_an_engine_that_does_not_answer_is_noticed_and_waited_for(top: Open, faked: Faked) -> None:
     program = top()
     faked.silent = True
-    program.until(last("the engine has not answered for 3 s"), "noticed")
+    program.until(last("the engine has not answered for"), "noticed")
     program.send("\x1b[B")
     program.until(lambda screen: screen[-2].startswith("1029 "), "keys meanwhile")
     faked.silent = False
@@ -275,12 +280,14 @@ def test_a_real_engine(engine: Engine) -> None:
         with ProgramInTerminal(command, columns=120) as top:
             top.until(lambda screen: len(screen) > 9 and f"{program.pid} " in screen[9], "listed")
             top.send("jp")
-            top.until(lambda screen: "paused on request" in screen[9], "paused")
+            top.until(both(f"{program.pid} ", "is paused"), "paused")
             assert engine.status()["agents"][0]["paused"]
             top.send("p")
-            top.until(lambda screen: "active" in screen[9], "resumed")
+            top.until(both(f"{program.pid} ", "may merge again"), "resumed")
+            top.until(lambda screen: "active" in screen[9], "shown so")
             top.send("uy")
-            top.until(lambda screen: "unmerged on request" in screen[9], "unmerged")
+            top.until(both(f"{program.pid} ", "pages are private again"), "unmerged")
+            top.until(lambda screen: "unmerged on request" in screen[9], "shown so")
             assert engine.status()["agents"][0]["pages_sharing"] == 0
             top.send("q")
             assert top.end() == 0

@@ -76,6 +76,8 @@ def test_every_recording_is_drawn(recording: Recording) -> None:
     figure = draw(few, "")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(few)
     for panel in figure.axes:
+        assert panel.get_xlabel()
+        assert panel.get_ylabel()
         drawn = {str(line.get_gid()).rpartition("-")[0] for line in panel.get_lines()}
         assert drawn == {f"run-{number}" for number in range(7)}, panel.get_title()
     with pytest.raises(UdedupError, match="give 21 at most"):

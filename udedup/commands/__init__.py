@@ -8,13 +8,16 @@ import argparse
 from typing import Protocol
 
 from udedup.commands import (
+    attach,
     clone,
     comparison,
     completion,
     config,
     dashboard,
+    detach,
     doctor,
     engine,
+    estimate,
     index,
     mount,
     pause,
@@ -46,6 +49,9 @@ COMMANDS: dict[str, Command] = {
     "umount": umount,
     "clone": clone,
     "index": index,
+    "estimate": estimate,
+    "attach": attach,
+    "detach": detach,
     "status": status,
     "top": top,
     "pause": pause,

@@ -28,6 +28,28 @@ def add_socket_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_agent_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds as what a program is to join: ``domain``, ``quiet_breaks`` and ``keep_ksm``."""
+    parser.add_argument(
+        "--domain",
+        type=domain_label,
+        metavar="LABEL",
+        help="share only with programs of this trust domain (the engine must allow it; default: the user's own); "
+        "private: with nobody but itself; off: not at all",
+    )
+    parser.add_argument(
+        "--quiet-breaks",
+        action="store_true",
+        help="let the program's writes take as long where a page was only looked at as where it is shared, so that "
+        "their time tells whoever is at work inside of it nothing about others' memory",
+    )
+    parser.add_argument(
+        "--keep-ksm",
+        action="store_true",
+        help="let the program give its memory to KSM as well (otherwise its MADV_MERGEABLE has no effect)",
+    )
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

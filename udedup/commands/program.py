@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from udedup.commands.elf import read_elf
+from udedup.commands.elf import Elf, read_elf
 
 _GLIBC_LOADER = "ld-linux-x86-64.so.2"
 _SCRIPTS_NESTED_MAX = 5
@@ -113,13 +113,18 @@ def _obstacle(path: Path, depth: int = 0) -> str | None:
         return _obstacle(script, depth + 1)
     if elf is None:
         return None  # e.g. binfmt_misc: whatever runs it honours the preload itself
+    return loader_obstacle(elf) or _privilege(path)
+
+
+def loader_obstacle(elf: Elf) -> str | None:
+    """Returns why nothing can be loaded into a program of this file, for people; None if it can."""
     if not elf.x86_64:
         return "is not an x86-64 program"
     if elf.interpreter is None:
         return "is statically linked"
     if Path(elf.interpreter).name != _GLIBC_LOADER:
         return f"does not run on glibc (its loader is {elf.interpreter})"
-    return _privilege(path)
+    return None
 
 
 def _script_interpreter(path: Path) -> Path | None:

@@ -60,14 +60,16 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _table(title: str, *, header: bool) -> Table:
+def titled(title: str, *, header: bool) -> Table:
+    """An empty table."""
     return Table(
         title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=header
     )
 
 
-def _pairs(title: str, values: Mapping[str, str]) -> Table:
-    table = _table(title, header=False)
+def pairs(title: str, values: Mapping[str, str]) -> Table:
+    """A table of names and values."""
+    table = titled(title, header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     for row in values.items():
@@ -78,7 +80,7 @@ def _pairs(title: str, values: Mapping[str, str]) -> Table:
 def _memory(status: Mapping[str, Any]) -> Table:
     """What is saved, by the engine's account and by the kernel's."""
     store, memory, kernel = status["store"], status["memory"], status["kernel"]
-    return _pairs(
+    return pairs(
         "memory",
         {
             "bytes_saved, by the engine's account": size(status["bytes_saved"]),
@@ -94,18 +96,18 @@ def _memory(status: Mapping[str, Any]) -> Table:
 
 
 def _pages(status: Mapping[str, Any]) -> Table:
-    return _pairs("pages", {name: str(status[name]) for name in _PAGES})
+    return pairs("pages", {name: str(status[name]) for name in _PAGES})
 
 
 def _work(status: Mapping[str, Any]) -> Table:
-    table = _table("work", header=False)
+    table = titled("work", header=False)
     for name in _WORK:
         table.add_row(name, "  ".join(f"{key} {_cell(key, value)}" for key, value in status[name].items()))
     return table
 
 
 def _rows(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(f"{title}: {len(rows)}", header=True)
+    table = titled(f"{title}: {len(rows)}", header=True)
     for name in columns:
         words = name in _WORDS
         table.add_column(name, justify="left" if words else "right", no_wrap=True, overflow="ellipsis")

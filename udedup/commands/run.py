@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from udedup.commands.host import AGENT_NAME, agent_library, kernel_refusal, require_host
-from udedup.commands.options import add_socket_option, domain_label
+from udedup.commands.options import add_agent_flags, add_socket_option
 from udedup.commands.program import ProgramError, execute, find_program
 from udedup.errors import UdedupError
 from udedup.labels import OFF
@@ -20,24 +20,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``udedup run``."""
     parser.usage = "udedup run [-h] [--socket PATH] [--domain LABEL] [--quiet-breaks] [--keep-ksm] [--] CMD [ARG ...]"
     add_socket_option(parser)
-    parser.add_argument(
-        "--domain",
-        type=domain_label,
-        metavar="LABEL",
-        help="share only with programs of this trust domain (the engine must allow it; default: the user's own); "
-        "private: with nobody but itself; off: not at all",
-    )
-    parser.add_argument(
-        "--quiet-breaks",
-        action="store_true",
-        help="let the command's writes take as long where a page was only looked at as where it is shared, so that "
-        "their time tells whoever is at work inside of it nothing about others' memory",
-    )
-    parser.add_argument(
-        "--keep-ksm",
-        action="store_true",
-        help="let the command give its memory to KSM as well (otherwise its MADV_MERGEABLE has no effect)",
-    )
+    add_agent_flags(parser)
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="CMD ARG", help="the command and its arguments")
 
 
@@ -68,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     library = agent_library()
 
     socket: Path = args.socket
-    if _engine_listens(socket):
+    if engine_listens(socket):
         if args.domain is not None:
             from udedup.engine.control import request
 
@@ -81,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return run_beside_engine(program, args.domain, lambda own: wrapped_environment(environment, args, library, own))
 
 
-def _engine_listens(path: Path) -> bool:
+def engine_listens(path: Path) -> bool:
     """Whether an engine takes connections at ``path``. Raises UdedupError if there is something we may not use."""
     import socket
 

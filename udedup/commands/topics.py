@@ -10,8 +10,10 @@ from pathlib import Path
 TOPICS = {
     "safety": "why no byte of a program can change, and what is shared with whom",
     "domains": "who shares with whom, and what can be learnt through timing",
+    "estimate": "what programs could share, and what the figures of an estimate mean",
     "tuning": "rates, hints, and where the CPU and the memory go",
     "qemu": "virtual machines, and disk images for them",
+    "python": "workers of a server that load the same data, and the interface for programs",
     "metrics": "Prometheus and Grafana: what there is to see, where, and for whom",
     "limits": "what is left alone, and what a wrapped program may notice",
     "architecture": "the parts, how they work together, and why they are so",

@@ -83,7 +83,7 @@ HELLO_SECONDS = 5.0
 ACCEPT_PAUSE = 0.1
 """Pause when there are no descriptors left for a new connection, s."""
 
-ACCEPTS_AT_ONCE = 8
+ACCEPTS_AT_ONCE = 2
 """New connections that are taken one after the other, before somebody else has a turn of the loop."""
 
 JOIN_SECONDS = 0.001

@@ -128,13 +128,14 @@ def _fill(panel: Panel, axes: Axes, recordings: Mapping[str, Recording]) -> None
     if panel.over_time:
         axes.set_xlim(left=0)
         axes.set_xlabel("seconds")
-        axes.set_ylabel(panel.axis)
+    axes.set_ylabel(panel.axis)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _sharing(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     seconds = recording.column("seconds")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     yield from axes.plot(seconds, recording.column("sharing"), lw=1.8, color=style.color, ls=style.line)
     yield from axes.plot(seconds, recording.column("opportunity"), color=style.color, ls=":", lw=1.1)
     for at in recording.about.marks.values():
@@ -147,9 +148,11 @@ def _latency(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]
     axes.set_xlabel("seconds from content in place to merged")
     if len(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         part = np.arange(1, len(values) + 1) / len(values)
         shown = np.unique(np.linspace(0, len(values) - 1, LATENCY_STEPS).astype(int))
-        yield from axes.step(values[shown], part[shown], where="post", color=style.color, ls=style.line)
+        steps = np.append(values[0], values[shown]), np.append(0, part[shown])
+        yield from axes.step(*steps, where="post", color=style.color, ls=style.line)
 
 
 def _visits(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
@@ -158,6 +161,7 @@ def _visits(axes: Axes, recording: Recording, style: Style) -> Iterator[Line2D]:
     some = (merges > 0) & (visits > 0)
     if some.any():
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         quotient = visits[some] / merges[some]
         yield from axes.plot(recording.column("seconds")[some], quotient, color=style.color, ls=style.line)
 

@@ -125,15 +125,16 @@ class Live:
         # By a connection of its own: large processes take a while, and the view goes on.
         try:
             async with connect(self._engine.path) as engine:
-                self._say(await _done(engine, deed))
+                remark = await _done(engine, deed)
+                self._doing = None
+                self._say(remark)
                 status = await engine.status()
         except UdedupError as error:
+            self._doing = None
             self._say(str(error))
         else:
             # Rates stay those of the last interval: this one was short.
             self._frame = attrs.evolve(self._frame, status=status)
-        finally:
-            self._doing = None
         self._draw()
 
     def _say(self, remark: str) -> None:

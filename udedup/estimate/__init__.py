@@ -1,0 +1,1 @@
+"""What processes could share, before anything is wrapped: looks at their memory from outside."""
