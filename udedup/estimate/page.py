@@ -11,12 +11,14 @@ from udedup.estimate.tables import cells, columns, headline, kinds
 
 SHARED_STYLE: Final = Path(__file__).parent.parent / "record" / "page.css"
 STYLE: Final = """
-td:first-child { max-width: 30em; overflow: hidden; text-overflow: ellipsis }
+td:first-child { max-width: 20em; overflow: hidden; text-overflow: ellipsis }
 td svg, p svg { display: inline-block; vertical-align: middle }
 p svg { max-width: 100% }
-p span { display: inline-block; margin-right: 1.5em }
-p span svg { margin-right: .4em }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1.5em }
+.legend svg { margin-right: .4em }
+.table { margin-bottom: 1em }
 .zero { fill: #4c9f70 } .within { fill: #3b7dd8 } .between { fill: #8e5bd0 } .rest { fill: #d9d9d9 }
+.plain { fill: #8a94a3 }
 """
 
 WIDTH: Final = 260
@@ -66,14 +68,14 @@ def _legend() -> str:
         f'<rect class="{name}" width="12" height="12"/></svg>{text}</span>'
         for name, text in PARTS.items()
     )
-    return f"<p>{' '.join(samples)}</p>"
+    return f'<p class="legend">{"".join(samples)}</p>'
 
 
 def _kinds(title: str, values: Mapping[str, float]) -> str:
     whole = max(sum(values.values()), 1.0)
     lines = [f"<tr><th>{escape(title)}</th><th></th><th></th></tr>"]
     for name, value in values.items():
-        bar = _svg([("zero", value / whole)], WIDTH, name)
+        bar = _svg([("plain", value / whole)], WIDTH, name)
         lines.append(f"<tr><td>{escape(name)}</td><td>{size(round(value))}</td><td>{bar}</td></tr>")
     return f'<div class="table"><table>{"".join(lines)}</table></div>'
 
@@ -99,7 +101,8 @@ def _bar(figures: Figures, most: int, width: int) -> str:
 def _svg(pieces: list[tuple[str, float]], width: int, text: str) -> str:
     """A bar of pieces, each a class and a part of the width."""
     return (
-        f'<svg width="{width}" height="{HEIGHT}" role="img" aria-label="{escape(text)}">'
+        f'<svg width="{width}" height="{HEIGHT}" viewBox="0 0 {width} {HEIGHT}" preserveAspectRatio="none" role="img"'
+        f' aria-label="{escape(text)}">'
         f"{''.join(_rectangles(pieces, width))}</svg>"
     )
 
