@@ -30,6 +30,11 @@ int udd_area_drop_copies(void *area)
 	return madvise((char *)area + UDD_SHARED_COPY, UDD_SHARED_BYTES - UDD_SHARED_COPY, MADV_REMOVE) ? -errno : 0;
 }
 
+void udd_memory_buffers_go(size_t least)
+{
+	mallopt(M_MMAP_THRESHOLD, (int)least);
+}
+
 void udd_memory_trim(void)
 {
 	malloc_trim(0);

@@ -31,6 +31,8 @@ size_t udd_area_resident(void *area);
 int udd_area_drop_copies(void *area);
 // Gives what malloc() keeps for later back to the system.
 void udd_memory_trim(void);
+// Has malloc() keep nothing for later of pieces of `least` bytes or more, as it would once some have been freed.
+void udd_memory_buffers_go(size_t least);
 
 // Digests of `count` consecutive 4096-byte pages; ret takes 2 × count words, low half first.
 void udd_digest_pages(const void *pages, size_t count, uint64_t *ret);
@@ -432,6 +434,57 @@ int udd_request_wait(int device, int loop, uint64_t spin_ns);
 // Sees to it that the whole blocks among them have digests in `digests`, the image's (two words for each block). 1: some had not, 0: all
 // had. -EAGAIN: they are not all there; other errors as preadv2's.
 int udd_read_digested(int file, uint64_t position, int flags, char *buffer, size_t size, uint64_t *digests, uint64_t offset);
+
+// ---- express.c: reads of the mount that need no Python ----
+
+enum {
+	// Reads of which Python is told at once.
+	UDD_EXPRESS_BATCH = 64,
+};
+
+// How an image is read.
+struct udd_express_image {
+	int file;                // its bytes are in
+	int flags;               // of preadv2(2) with which that needs no disk; negative: it can't be told
+	uint64_t size;           // of the disk, bytes
+	const uint64_t *digests; // as udd_read_digested()'s
+	const uint64_t *map;     // by cluster: where in the file it begins, in bytes, + 1; 0: not known. NULL: the file is the disk
+	uint32_t cluster_bits;
+};
+
+// A read that was answered.
+struct udd_express_done {
+	uint64_t file;
+	uint64_t offset; // bytes, in the image
+	uint64_t size;   // bytes
+	uint64_t epoch;  // of the image's watch; 0: the store had no part in it
+};
+
+// For a new mount. `room`: of `size` bytes, for what is read.
+void udd_express_begin(char *room, size_t size);
+// Has reads of an open file answered from now on: from `shelf`, or if that is NULL from the image's file.
+void udd_express_enter(uint64_t file, const struct udd_express_image *image, struct udd_shelf *shelf, struct udd_watch *watch);
+void udd_express_leave(uint64_t file);
+void udd_express_leave_all(void);
+// NULL: Python has to answer. `size`: of the read; it ends with the disk. Valid until the next one.
+const char *udd_express_read(uint64_t file, uint64_t offset, size_t *size);
+// How many were answered since udd_express_take(): once there are UDD_EXPRESS_BATCH there are no more.
+uint32_t udd_express_answered(void);
+// Takes what was answered since the last time; returns how many, at most UDD_EXPRESS_BATCH.
+uint32_t udd_express_take(struct udd_express_done *ret);
+
+// ---- session.c: requests to the mount that we answer ourselves ----
+
+// Has the session that the shared object called `name` makes next tell udd_read_asked() and udd_fallocate_asked(), which are Python's, of
+// these requests. -ENOENT: nothing of that name is loaded, -ENOSYS: it makes none, or not in a way that we know.
+int udd_session_prepare(const char *name);
+// Whether the one that was made since does.
+int udd_session_ours(void);
+// Has it look for the next read for `spin_ns` after it has answered one, or until there is something at `loop` (-1: not looked at).
+void udd_session_look(int loop, uint64_t spin_ns);
+// Each request is answered once: with bytes, or with an error (positive; 0: it is done). A negative errno if nobody wants to know any more.
+int udd_request_reply(void *request, const char *data, size_t size);
+int udd_request_fail(void *request, int error);
 
 // ---- sample.c: what has really been merged, seen from outside ----
 

@@ -21,6 +21,14 @@ ffi = FFI()
 ffi.cdef(declarations(NATIVE / "common" / "wire.h"))
 ffi.cdef(declarations(NATIVE / "common" / "attach.h"))
 ffi.cdef(declarations(NATIVE / "engine" / "engine.h"))
+# What C calls, and Python is: see engine/session.c.
+ffi.cdef("""
+extern "Python+C" {
+    void udd_read_asked(void *request, uint64_t file, uint64_t offset, uint64_t size);
+    void udd_fallocate_asked(void *request, uint64_t file, int mode, uint64_t offset, uint64_t length);
+    void udd_reads_done(void);
+}
+""")
 ffi.set_source(
     "udedup._native",
     '#include "common/attach.h"\n#include "engine/engine.h"',

@@ -51,6 +51,9 @@ LOADS: Final = (
     Load("sequential_again", SEQUENTIAL, "megabytes_per_second", again=True),
     Load("random_4k_first", RANDOM, "operations_per_second"),
     Load("random_4k_again", RANDOM, "operations_per_second", again=True),
+    # What needs more than to give the data to the kernel: parts of blocks, and zeros, which become holes.
+    Load("random_2k_first", tuple(word.replace("4k", "2k") for word in RANDOM), "operations_per_second"),
+    Load("random_4k_zeros", (*RANDOM, "--zero_buffers"), "operations_per_second", again=True),
     Load("random_4k_again_4_jobs", (*RANDOM, "--numjobs=4"), "operations_per_second", again=True),
     Load(
         "random_64k_again",

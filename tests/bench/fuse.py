@@ -133,8 +133,10 @@ def passthrough(program: Path, source: Path, mountpoint: Path, *, ahead: bool) -
         process.wait()
 
 
-async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str, dict[str, float | str]]:
-    """Mounts fresh images of ``size`` bytes below ``directory`` in each round and measures all loads on them."""
+async def run(
+    directory: Path, size: int, seconds: int, rounds: int, loads: list[Load]
+) -> dict[str, dict[str, float | str]]:
+    """Mounts fresh images of ``size`` bytes below ``directory`` in each round and measures ``loads`` on them."""
     sources = make_images(directory, size)
     mountpoint = directory / "mount"
     mountpoint.mkdir()
@@ -156,14 +158,14 @@ async def run(directory: Path, size: int, seconds: int, rounds: int) -> dict[str
                     await trio.to_thread.run_sync(source.read_bytes)
                     await trio.to_thread.run_sync(images.add, source, f"{what}-{number}")
                     files[what] = mountpoint / f"{what}-{number}"
-                for load in LOADS:
+                for load in loads:
                     # In another order each time: a machine's speed drifts.
                     for what in random.Random(f"{load.name} {number}").sample(list(files), len(files)):
                         job = partial(measure, load, files[what], size, seconds, bare=what == "file")
                         figures[load.name, what].append(await trio.to_thread.run_sync(job))
             nursery.cancel_scope.cancel()
     images.close()
-    return {load.name: summary(load, {what: figures[load.name, what] for what in files}) for load in LOADS}
+    return {load.name: summary(load, {what: figures[load.name, what] for what in files}) for load in loads}
 
 
 def summary(load: Load, figures: dict[str, list[float]]) -> dict[str, float | str]:
@@ -188,9 +190,16 @@ def main() -> int:
     parser.add_argument("--mebibytes", type=int, default=512, help="size of the image (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=3, help="length of each random read (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    by_name = {load.name: load for load in LOADS}
+    parser.add_argument("load", nargs="*", help=f"which to run (default: all): {', '.join(by_name)}")
     arguments = parser.parse_args()
+    for name in arguments.load:
+        if name not in by_name:
+            parser.error(f"no load is called {name}: choose from {', '.join(by_name)}")
+    loads = [by_name[name] for name in arguments.load or by_name]
     with tempfile.TemporaryDirectory(prefix="udedup-bench-") as directory:
-        results = trio.run(run, Path(directory), arguments.mebibytes << 20, arguments.seconds, arguments.rounds)
+        size = arguments.mebibytes << 20
+        results = trio.run(run, Path(directory), size, arguments.seconds, arguments.rounds, loads)
     print(json.dumps(results, indent=2))
     return 0
 

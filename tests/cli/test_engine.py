@@ -239,7 +239,7 @@ def test_image_that_changes(engine_factory: Callable[..., Engine], disk: Path, h
 def test_images_are_added_while_it_runs(engine_factory: Callable[..., Engine], disk: Path) -> None:
     engine = engine_factory()
     assert engine.mount is not None
-    done = engine.command("mount", disk, f"again={disk}")
+    done = engine.command("mount", disk, "--image", f"again={disk}")
     assert (done.returncode, done.stdout) == (0, f"{engine.mount / 'disk.img'}\n{engine.mount / 'again'}\n")
     assert (engine.mount / "again").read_bytes() == disk.read_bytes()
     assert_refused(engine.command("mount", f"again={disk}"), "again")
@@ -253,7 +253,7 @@ def test_images_are_taken_out(engine_factory: Callable[..., Engine], disk: Path)
     with (engine.mount / "one").open("rb"):
         done = engine.command("umount", "one")
         assert_refused(done, f"process {os.getpid()} ({Path('/proc/self/comm').read_text().strip()})")
-        assert engine.command("umount", "two").returncode == 0
+        assert engine.command("umount", "--image", "two").returncode == 0
     assert (engine.mount / "one").exists()
     assert not (engine.mount / "two").exists()
     assert engine.command("umount", engine.mount / "one").returncode == 0

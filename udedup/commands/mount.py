@@ -18,7 +18,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="a disk image of any format; it appears as a raw one, read-only, under NAME (default: its own name, which"
         " ends in .raw unless the image is raw itself)",
     )
-
+    parser.add_argument(
+        "--image",
+        type=image_argument,
+        action="append",
+        default=[],
+        metavar="[NAME=]IMAGE",
+        help="one more image, said as `udedup engine` has it",
+    )
     parser.add_argument(
         "--clone",
         type=Path,
@@ -41,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.clone is None) != (args.to is None) or (args.overlay is not None and args.clone is None):
         args.subparser.error("a clone takes --clone BASE and --to NAME")
-    if bool(args.images) == (args.clone is not None):
+    images = args.images + args.image
+    if bool(images) == (args.clone is not None):
         args.subparser.error("give images or --clone BASE")
     secret = None if args.secret_file is None else str(args.secret_file.absolute())
     if args.clone is not None:
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         print(request(args.socket, message | {"format": args.image_format, "secret": secret}))
         return 0
     # One at a time: there may be hundreds, and what is in the mount already is printed when one fails.
-    for name, path in args.images:
+    for name, path in images:
         message = {"op": "mount", "images": [[name, str(path)]], "format": args.image_format, "secret": secret}
         for line in request(args.socket, message):
             print(line)

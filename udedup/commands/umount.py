@@ -11,16 +11,20 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     add_socket_option(parser)
     parser.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE",
         help="its name in the mount, or its path there or where the image lies; refused while a program has it open",
     )
+    parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="one more, said with an option")
 
 
 def run(args: argparse.Namespace) -> int:
     """Asks the engine to let go of the images."""
     from udedup.engine.control import request
 
-    for image in args.images:
+    images = args.images + args.image
+    if not images:
+        args.subparser.error("give images")
+    for image in images:
         request(args.socket, {"op": "umount", "image": image, "path": str(Path(image).absolute())})
     return 0

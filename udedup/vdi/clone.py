@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SLOW_SECONDS: Final = 0.002
+ZERO_BYTES_MAX: Final = 32 << 30
 REST: Final = 50
 """Times as long as a slow write has taken, others go to worker threads."""
 
@@ -123,9 +124,18 @@ class Clone(Image):
         return done
 
     async def zero(self, offset: int, length: int, limiter: trio.CapacityLimiter | None = None) -> None:
-        """Makes a stretch read as zeros and take no room. Raises OSError."""
-        async with self._change(offset, length):
-            await trio.to_thread.run_sync(self._overlay.zero, offset, length, limiter=limiter)
+        """Makes a stretch read as zeros and take no room. Raises OSError.
+
+        In pieces: a whole disk may be discarded at once, and its tables are not to be in memory all at once.
+        """
+        end = offset + length
+        while offset < end:
+            piece = min(end - offset, ZERO_BYTES_MAX - offset % ZERO_BYTES_MAX)
+            async with self._change(offset, piece):
+                await trio.to_thread.run_sync(self._overlay.zero, offset, piece, limiter=limiter)
+            offset += piece
+            if offset < end:
+                await self.settle(limiter)
 
     @asynccontextmanager
     async def _change(self, offset: int, length: int) -> AsyncIterator[None]:

@@ -2,8 +2,8 @@
 
 Most of the cost of a small read is not the read: it is two epoll_wait and an epoll_ctl around each request. While
 this is in force pyfuse3 first asks poll(2) whether another request is waiting and takes it at once; only an idle
-mount waits through trio. Other tasks of the loop get their turn after every ``REQUESTS_MAX`` requests or
-``HOLD_SECONDS``, whichever comes first.
+mount waits through trio. Other tasks of the loop get their turn after every ``REQUESTS_MAX`` requests (of reads, after
+so many batches, see native/engine/session.c) or ``HOLD_SECONDS``, whichever comes first.
 
 A reader that has its answer asks for the next block in less time than a thread takes to fall asleep and to be woken,
 so it is looked for the next request for ``SPIN_NS`` before waiting. That ends as soon as the loop has something else

@@ -22,8 +22,10 @@ import attrs
 import pyfuse3
 import trio
 
-from udedup._native import ffi  # type: ignore[import-not-found, unused-ignore]
+from udedup._native import ffi, lib  # type: ignore[import-not-found, unused-ignore]
 from udedup.errors import UdedupError
+from udedup.fallocate import KEEP_SIZE
+from udedup.vdi import express, requests
 from udedup.vdi import mountpoint as mountpoints
 from udedup.vdi.clone import Clone
 from udedup.vdi.digests import BLOCK_BYTES
@@ -32,6 +34,7 @@ from udedup.vdi.fixed import FixedDirectory, refuse
 from udedup.vdi.holders import name_holders
 from udedup.vdi.images import NAME_BYTES_MAX, Image, Images, blocks_within, examine
 from udedup.vdi.openers import NoShelves, Opener, ShelfSource
+from udedup.vdi.requests import Data, Rest
 from udedup.vdi.shelf import Shelf
 from udedup.vdi.tidy import Tidier
 from udedup.vdi.watching import Watcher
@@ -42,6 +45,8 @@ OnRead = Callable[[Image, int, int, int], None]
 
 # The largest read FUSE asks for: 256 pages.
 READ_BYTES_MAX: Final = 1 << 20
+BUFFER_BYTES_LEAST: Final = 1 << 17
+"""What a buffer has at least that is given back at once."""
 # Names never vanish and inodes never change; a changed image's mtime must get through (the kernel then drops what it
 # has cached of it).
 ENTRY_SECONDS: Final = 3600.0
@@ -84,6 +89,21 @@ class Handle:
         return self.opener.pid
 
 
+@attrs.frozen
+class Read:
+    """One read that a shelf has not all of."""
+
+    handle: Handle
+    offset: int
+    """Bytes, in the image."""
+    size: int
+    """Bytes."""
+    generation: int
+    """Of the image when it began."""
+    epoch: int
+    """Likewise, of its watch."""
+
+
 class ImageFilesystem(FixedDirectory):
     """Answers the kernel's requests. Handlers raise FUSEError only; what else they raise ends the mount."""
 
@@ -102,6 +122,9 @@ class ImageFilesystem(FixedDirectory):
         # kernel before it gives up control.
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
         self._room = ffi.from_buffer(self._buffer)
+        self._done = ffi.new("struct udd_express_done[]", lib.UDD_EXPRESS_BATCH)
+        self._turn = shelves.turn
+        lib.udd_express_begin(self._room, READ_BYTES_MAX)
 
     async def watch(self) -> None:
         """Examines images that are being read, or might be in page faults that the kernel serves, until cancelled.
@@ -205,11 +228,17 @@ class ImageFilesystem(FixedDirectory):
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
+        lib.udd_express_leave(fh)
         handle = self.handles.pop(fh)
         handle.image.closed_by(handle.pid, direct=handle.direct)
 
     async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
-        """The bytes asked for, fewer only at the end of the image.
+        """:meth:`begin_read` and what comes after it, for where pyfuse3 asks."""
+        found = self.begin_read(fh, off, size)
+        return await found() if callable(found) else found
+
+    def begin_read(self, fh: int, off: int, size: int) -> Data | Rest:
+        """The bytes asked for, fewer only at the end of the image; or what has to be awaited for them.
 
         A file that has become shorter than its image gives EIO for any read that reaches beyond it, rather than a
         short answer, which the kernel would take for a new size. Readahead that fails so is asked for again page by
@@ -223,21 +252,50 @@ class ImageFilesystem(FixedDirectory):
         image.touched = True
         shelf = handle.shelf or self._find_shelf(handle)
         if shelf is not None:
-            return await self._read_with(shelf, handle, off, size)
+            express.enter(fh, image.express, shelf.handle, image.watch.handle)
+            return self._begin_read_with(shelf, handle, off, size)
         data = self._buffer[:size]
         try:
             if not image.read_digested(data, self._room, off):
-                generation = image.generation
-                data = await trio.to_thread.run_sync(
-                    image.read, off, size, abandon_on_cancel=True, limiter=self._limiter
-                )
-                # Digests of what was read before a change was noticed must not outlive it.
-                if not image.noteworthy(generation, off, size):
-                    return data
-                image.note_digests(off, data)
+                return partial(self._read_waiting, handle, off, size, image.generation)
         except OSError as error:
             fail(image, error)
         first, count = blocks_within(off, size)
+        if not handle.own:
+            express.enter(fh, image.express)
+            if count:
+                self._on_read(image, first, count, handle.pid)
+        return data
+
+    def reads_done(self) -> None:
+        """What comes with reads that C has answered."""
+        done = self._done
+        for number in range(lib.udd_express_take(done)):
+            read = done[number]
+            handle = self.handles[read.file]
+            handle.image.touched = True
+            first, count = blocks_within(read.offset, read.size)
+            if read.epoch:
+                assert handle.shelf is not None
+                handle.shelf.count_served(-(-read.size // BLOCK_BYTES))
+                self._served(handle.shelf, handle, first, count, read.epoch)
+            elif count:
+                self._on_read(handle.image, first, count, handle.pid)
+        if self._turn != self._shelves.turn:
+            # Somebody may have a shelf now.
+            self._turn = self._shelves.turn
+            lib.udd_express_leave_all()
+
+    async def _read_waiting(self, handle: Handle, off: int, size: int, generation: int) -> Data:
+        image = handle.image
+        try:
+            data = await trio.to_thread.run_sync(image.read, off, size, abandon_on_cancel=True, limiter=self._limiter)
+        except OSError as error:
+            fail(image, error)
+        # Digests of what was read before a change was noticed must not outlive it.
+        if not image.noteworthy(generation, off, size):
+            return data
+        first, count = image.note_digests(off, data)
         if count and not handle.own:
             self._on_read(image, first, count, handle.pid)
         return data
@@ -251,6 +309,16 @@ class ImageFilesystem(FixedDirectory):
         with answering(clone):
             await clone.write(off, data, self._limiter)
         return len(data)
+
+    async def fallocate(self, fh: int, mode: int, off: int, length: int) -> None:
+        """Makes a stretch of a clone zero and gives its room back: a guest's discards and write-zeroes."""
+        clone = self._clone(self.handles[fh].image)
+        if mode not in requests.HOLES:
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        if off + length > clone.size and not mode & KEEP_SIZE:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        with answering(clone):
+            await clone.zero(off, min(off + length, clone.size) - off, self._limiter)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         image = self.handles[fh].image
@@ -291,40 +359,48 @@ class ImageFilesystem(FixedDirectory):
             refuse()
         return image
 
-    async def _read_with(self, shelf: Shelf, handle: Handle, off: int, size: int) -> bytes | memoryview:
-        """:meth:`read` for somebody in a trust domain: what its store has, which is on ``shelf``, is not read anew."""
+    def _begin_read_with(self, shelf: Shelf, handle: Handle, off: int, size: int) -> Data | Rest:
+        """:meth:`begin_read` for one in a trust domain: what its store has, which is on ``shelf``, is not read anew."""
         image = handle.image
         generation = image.generation
         taken = shelf.take(off, size, self._room)
         if taken is not None and taken.data is not None:
-            data: bytes | memoryview = taken.data
-            epoch = taken.epoch
-            first, count = blocks_within(off, size)
-        else:
-            gaps = ((0, size),) if taken is None else taken.gaps
-            epoch = image.watch.epoch if taken is None else taken.epoch
-            try:
-                data = await self._fill(image, off, size, gaps)
-            except OSError as error:
-                fail(image, error)
-            if not image.noteworthy(generation, off, size):
-                return data
-            first, count = image.note_digests(off, data)
-            shelf.put(first, count, data, first * BLOCK_BYTES - off, epoch)
-        if count:
-            self._on_read(image, first, count, handle.pid)
-            if not handle.direct:
-                self.tidier.served(image, shelf, first, count, epoch)
+            self._served(shelf, handle, *blocks_within(off, size), taken.epoch)
+            return taken.data
+        gaps = ((0, size),) if taken is None else taken.gaps
+        read = Read(handle, off, size, generation, image.watch.epoch if taken is None else taken.epoch)
+        try:
+            if all(image.read_cached(self._buffer[start:end], off + start) for start, end in gaps):
+                return self._put(shelf, read, self._buffer[:size])
+        except OSError as error:
+            fail(image, error)
+        # Others will use the buffer while this one waits for the disk.
+        return partial(self._fill, shelf, read, gaps, memoryview(bytearray(self._buffer[:size])))
+
+    async def _fill(self, shelf: Shelf, read: Read, gaps: Sequence[tuple[int, int]], view: memoryview) -> Data:
+        """Reads ``gaps`` of a read whose other bytes are in ``view``."""
+        image = read.handle.image
+        fill = partial(image.read_gaps, view, read.offset, gaps)
+        try:
+            await trio.to_thread.run_sync(fill, abandon_on_cancel=True, limiter=self._limiter)
+        except OSError as error:
+            fail(image, error)
+        return self._put(shelf, read, view)
+
+    def _put(self, shelf: Shelf, read: Read, data: memoryview) -> Data:
+        """Puts on the shelf what was read, if it is still true and the store has it."""
+        image = read.handle.image
+        if image.noteworthy(read.generation, read.offset, read.size):
+            first, count = image.note_digests(read.offset, data)
+            shelf.put(first, count, data, first * BLOCK_BYTES - read.offset, read.epoch)
+            self._served(shelf, read.handle, first, count, read.epoch)
         return data
 
-    async def _fill(self, image: Image, off: int, size: int, gaps: Sequence[tuple[int, int]]) -> memoryview:
-        """Reads ``gaps`` of a read whose other bytes are in the buffer, and returns all. Raises OSError."""
-        if all(image.read_cached(self._buffer[start:end], off + start) for start, end in gaps):
-            return self._buffer[:size]
-        # Others will use the buffer while this one waits for the disk.
-        view = memoryview(bytearray(self._buffer[:size]))
-        await trio.to_thread.run_sync(image.read_gaps, view, off, gaps, abandon_on_cancel=True, limiter=self._limiter)
-        return view
+    def _served(self, shelf: Shelf, handle: Handle, first: int, count: int, epoch: int) -> None:
+        if count:
+            self._on_read(handle.image, first, count, handle.pid)
+            if not handle.direct:
+                self.tidier.served(handle.image, shelf, first, count, epoch)
 
     def _find_shelf(self, handle: Handle) -> Shelf | None:
         """Looks for the shelf of one who has none so far, unless nobody has joined since it was last looked for."""
@@ -421,6 +497,7 @@ def session(directory: Path, filesystem: ImageFilesystem, *, allow_other: bool) 
         raise UdedupError(f"mount point {directory}: this process has a mount already, and pyfuse3 allows one")
     options = {"default_permissions", f"fsname={mountpoints.FILESYSTEM}", f"subtype={mountpoints.FILESYSTEM}"}
     before = fuse_descriptors()
+    requests.prepare()
     try:
         pyfuse3.init(filesystem, str(directory), options | {"allow_other"} if allow_other else options)
     except RuntimeError as error:
@@ -469,6 +546,8 @@ async def serve(
     """
     await trio.to_thread.run_sync(partial(mountpoints.require_fuse, allow_other=allow_other))
     directory = await prepare(mountpoint)
+    # Reads that wait for a disk have buffers of their own, in many threads, each of which would keep some.
+    lib.udd_memory_buffers_go(BUFFER_BYTES_LEAST)
     async with images.keeping():
         with closing(ImageFilesystem(images, on_read, shelves or NoShelves(), allow_other=allow_other)) as filesystem:
             await serve_session(directory, filesystem, images, allow_other=allow_other, task_status=task_status)
@@ -488,6 +567,7 @@ async def serve_session(
             nursery.start_soon(filesystem.watch)
             nursery.start_soon(filesystem.settle)
             nursery.start_soon(filesystem.notice)
+            requests.attach(nursery, filesystem)
             nursery.start_soon(run_session, directory, nursery.cancel_scope)
             images.mount_device = await trio.to_thread.run_sync(settle, directory, abandon_on_cancel=True)
             nursery.start_soon(filesystem.tidier.run, directory)

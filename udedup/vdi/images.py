@@ -22,6 +22,7 @@ import trio
 
 from udedup.errors import UdedupError
 from udedup.vdi.digests import BLOCK_BYTES, DigestTable
+from udedup.vdi.express import ExpressImage
 from udedup.vdi.formats.layer import Layer, same_file
 from udedup.vdi.formats.probe import Opened, Opening, open_chain
 from udedup.vdi.formats.raw import RawFile
@@ -38,6 +39,8 @@ FIRST_INODE: Final = 2
 NAME_BYTES_MAX: Final = 255
 FLUSH_SECONDS: Final = 5.0
 """How often digests are written to sidecars."""
+DISK_BYTES_MAX: Final = 1 << 50
+"""Tables stand for every block: the addresses for those of a few absurd disks would be all that the engine has."""
 END_SECONDS: Final = 10.0
 """How long that may take at the end."""
 # Endings of names that speak of the format; the mount shows raw disks.
@@ -103,6 +106,8 @@ class Image:
         self._table = DigestTable(self.blocks)
         self.digests = self._table.memory
         """16 bytes per whole 4 KiB block, see :class:`DigestTable`. A last partial block has none."""
+        self.express = ExpressImage(self.size, self.digests, self._layer.piece_bits)
+        """What C knows of it."""
         self.on_changed: Callable[[Image], None] = ignore
         """Told when the files have changed."""
         self.kept: Kept | None = None
@@ -185,6 +190,8 @@ class Image:
                 first, count = blocks_within(offset, size)
                 self._want(first, count)
                 self._table.fresh(first, count)
+            if fresh >= 0:
+                self.express.found(file, position, flags, offset)
             if fresh >= 0 or fresh == -errno.EAGAIN:
                 return fresh >= 0
         # What is not in one piece, and errors.
@@ -286,6 +293,7 @@ class Image:
         """The files have been changed: what was known of their content is forgotten, by agents too."""
         self._table.clear()
         self._layer.forget()
+        self.express.forget()
         self.generation += 1
         if self.kept is not None and (identity := self.identity) is not None:
             self.kept.changed(identity)
@@ -317,6 +325,7 @@ class Image:
         """
         for file in self._files:
             file.passing = not self.direct_opens
+        self.express.doubt()
 
     def report(self, topic: str, text: str) -> None:
         """Logs a warning about this image, once per topic."""
@@ -418,6 +427,10 @@ class Images:
         self, name: str, path: Path, opened: Opened, kind: Callable[[str, Path, int, Opened], AnyImage]
     ) -> AnyImage:
         """Shows what was opened at ``path`` as ``name``, as the ``kind`` of image it is. Raises UdedupError."""
+        if opened.layer.size > DISK_BYTES_MAX:
+            raise UdedupError(
+                f"image {path}: its disk has {opened.layer.size} bytes, and {DISK_BYTES_MAX} (1 PiB) are the most"
+            )
         for file in opened.files:
             if file.status.st_dev == self.mount_device:
                 what = "is" if file.path == path else f"rests on {file.path}, which is"

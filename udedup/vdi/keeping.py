@@ -148,7 +148,9 @@ class Kept:
     def _write(self, identity: Identity, pages: dict[int, bytes], overwrite: frozenset[int]) -> bool:
         """Whether some pages could be written to the sidecar."""
         try:
-            self._take(identity, self._state.find_or_create).write(pages, overwrite=overwrite)
+            sidecar = self._take(identity, self._state.find_or_create)
+            sidecar.write(pages, overwrite=overwrite)
+            sidecar.settle()
         except DamagedError as error:
             self._drop(error)
             return False

@@ -85,10 +85,10 @@ class Shelf:
         self, watch: Watch, blocks: int, digests: object, *, store: Any, index: Any, counters: ShelfCounters
     ) -> None:
         """``digests``: of the image's blocks; ``store`` and ``index``: C's, of the domain. Raises MemoryError."""
-        self._handle = ffi.gc(lib.udd_shelf_create(store, blocks), lib.udd_shelf_destroy)
-        if self._handle == ffi.NULL:
+        self.handle = ffi.gc(lib.udd_shelf_create(store, blocks), lib.udd_shelf_destroy)
+        if self.handle == ffi.NULL:
             raise MemoryError
-        self._watch = watch
+        self.watch = watch
         watch.shelves.add(self)
         self._digests = ffi.from_buffer("uint64_t[]", digests)
         self._index = index
@@ -101,31 +101,32 @@ class Shelf:
 
         ``room``: C's address of ``size`` bytes, for what does not lie in one piece.
         """
-        gaps = lib.udd_shelf_take(self._handle, self._watch.handle, offset, size, room, self._taken)
+        gaps = lib.udd_shelf_take(self.handle, self.watch.handle, offset, size, room, self._taken)
         if gaps < 0:
             return None
         taken = self._taken
         if not gaps:
-            self._count_served(-(-size // lib.UDD_PAGE_SIZE))
+            self.count_served(-(-size // lib.UDD_PAGE_SIZE))
             return Taken(taken.epoch, memoryview(ffi.buffer(taken.data, size)))
         left = tuple((taken.gaps[i].start, taken.gaps[i].end) for i in range(gaps))
-        self._count_served((size - sum(end - start for start, end in left)) // lib.UDD_PAGE_SIZE)
+        self.count_served((size - sum(end - start for start, end in left)) // lib.UDD_PAGE_SIZE)
         return Taken(taken.epoch, None, left)
 
-    def _count_served(self, blocks: int) -> None:
+    def count_served(self, blocks: int) -> None:
+        """So many blocks were given to readers off it."""
         self._counters.served += blocks
-        self._watch.served += blocks
+        self.watch.served += blocks
 
     def there(self, first: int, count: int) -> int:
         """A bit for each of the blocks [first, first + count) that is there."""
-        return join_bits(first, count, lambda start, part: lib.udd_shelf_there(self._handle, start, part))
+        return join_bits(first, count, lambda start, part: lib.udd_shelf_there(self.handle, start, part))
 
     def nominees(self, first: int, count: int) -> int:
         """Likewise, also of those that may be there once they are compared."""
         return join_bits(
             first,
             count,
-            lambda start, part: lib.udd_shelf_nominees(self._handle, self._index, self._digests, start, part),
+            lambda start, part: lib.udd_shelf_nominees(self.handle, self._index, self._digests, start, part),
         )
 
     def put(self, first: int, count: int, data: bytes | memoryview, skip: int, epoch: int) -> int:
@@ -137,8 +138,8 @@ class Shelf:
         counts = self._counts
         counts.entered = counts.differing = 0
         there = lib.udd_shelf_put(
-            self._handle,
-            self._watch.handle,
+            self.handle,
+            self.watch.handle,
             epoch,
             self._index,
             self._digests,
@@ -153,7 +154,7 @@ class Shelf:
 
     def drop(self, first: int, count: int) -> None:
         """Takes blocks [first, first + count) off."""
-        lib.udd_shelf_drop(self._handle, first, count)
+        lib.udd_shelf_drop(self.handle, first, count)
 
 
 def join_bits(first: int, count: int, ask: Callable[[int, int], int]) -> int:

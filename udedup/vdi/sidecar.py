@@ -169,6 +169,11 @@ class Sidecar:
                     records.append(page + CHECKSUM.pack(self._checksum(number, page)))
                 write_all(self._descriptor, b"".join(records), place_of(run.start))
 
+    def settle(self) -> None:
+        """Waits until what was written is on the disk, and has the kernel forget it: who keeps digests has them."""
+        os.fdatasync(self._descriptor)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Nothing can be read or written any more."""
         os.close(self._descriptor)

@@ -61,8 +61,9 @@ def fuzz_bytes(kind: str, data: bytes) -> str:
         return "nothing"
     path = place() / f"fuzz.{kind}"
     path.write_bytes(data)
+    images = Images()
     try:
-        image = Images().add(path, opening=Opening(format=kind))
+        image = images.add(path, opening=Opening(format=kind))
     except UdedupError as error:
         line = str(error)
         assert "\n" not in line, line
@@ -85,7 +86,7 @@ def fuzz_bytes(kind: str, data: bytes) -> str:
                 if "trio" not in str(error):
                     raise
                 outcome = "helper"
-    image.close()
+    images.close()
     return outcome
 
 

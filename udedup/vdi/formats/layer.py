@@ -69,6 +69,12 @@ class Layer(ABC):
     encrypted: bool = False
     """Whether the file has something else than the disk's bytes, for others not to read."""
 
+    piece_bits: int | None = None
+    """Of any offset within 2^piece_bits bytes of the disk, :meth:`piece` has the same piece; 0: the file is the disk.
+
+    None: it has none. All are in one file.
+    """
+
     below: "Layer | None" = None
     """What shows where this one has nothing: its backing file or parent."""
 

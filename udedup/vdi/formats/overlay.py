@@ -267,6 +267,7 @@ class Overlay(Qcow2):
     ) -> None:
         """Waits for the disk. Raises OSError."""
         super().__init__(header, file, file, below, decoder)
+        self.piece_bits = None
         self._writable = file
         self._allocator = Allocator(file, counts, header.cluster_bits)
         self._l1 = read_numbers(file, header.l1_offset, header.l1_entries, "Q")
@@ -394,8 +395,21 @@ class Overlay(Qcow2):
             while first < last:
                 number, within = divmod(first, self._table_span)
                 upto = min(last, (number + 1) * self._table_span)
-                self._clear(number, within, within + upto - first)
+                # A new table only where it says something: a guest discards the whole of a disk that is new to it.
+                if self._l1[number] & OFFSET_MASK or not self._zero_below(first, upto):
+                    self._clear(number, within, within + upto - first)
                 first = upto
+
+    def _zero_below(self, start: int, end: int) -> bool:
+        """Whether the layers below are known to have nothing but zeros in a stretch."""
+        end = 0 if self.below is None else min(end, self.below.size)
+        while start < end:
+            assert self.below is not None
+            data, length = self.below.stretch(start, end - start)
+            if data:
+                return False
+            start += length
+        return True
 
     def flush(self) -> None:
         """Returns once all that was written before is on the disk for good. Raises OSError."""

@@ -174,7 +174,7 @@ class Qcow2(Layer):
         """Reads compressed and encrypted clusters, by their place on the disk."""
         self._external = data is not file
         self._tables = TableCache(file, "Q", "big")
-        self._bits = header.cluster_bits
+        self._bits = self.piece_bits = header.cluster_bits
         self._cluster = 1 << header.cluster_bits
         self._mask = self._cluster - 1
         self._offset_bits = OFFSET_MASK & ~self._mask

@@ -15,6 +15,8 @@ RWF_DONTCACHE: Final = 0x80
 class RawFile(Layer):
     """A file open for reading; owns the descriptor, which may be closed with :meth:`close` only."""
 
+    piece_bits = 0
+
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
