@@ -111,9 +111,12 @@ def test_new_content_of_merged_memory_can_be_hinted_at_once(fake: FakeEngine, pu
     assert (status, count) == (0, PAGES)
     assert struct.unpack_from("<Q", body, 16)[0] == puppet.address
     assert fake.segment(2, b"".join(page(number, 2) for number in range(PAGES))) == 0
-    assert fake.merge(puppet.address, PAGES, 2) == (ALL, 0, 0, 0, 0)
+    merged, mismatch, busy, gone, no_vma = fake.merge(puppet.address, PAGES, 2)
+    # On a busy machine the first may have broken where they are, for want of the lock, and stay private for good.
+    assert (merged | gone, mismatch, busy, no_vma) == (ALL, 0, 0, 0)
+    assert merged
     assert puppet.is_right()
-    assert puppet.merged() == PAGES
+    assert puppet.merged() == merged.bit_count()
 
 
 def test_lone_writes_leave_memory_that_can_be_merged_again(
