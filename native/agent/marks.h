@@ -3,8 +3,9 @@
 // "oldchecksum"), at how many looks it was the same and how many rounds to pass the page over for it (KSM's "smart scan"), and
 // whether the page was given to the kernel's zero page. At the first look at a page, or after it changed, the checksum is of a
 // part of it only: most of what a look costs is to get the page out of memory. A page that has changed at every look of late is
-// passed over as well: it would take up most of the rate in a busy program, and is not worth merging. 4 bytes a page, in leaves of 4 MiB of address
-// space found through a small hash table. A leaf that finds no room is simply not remembered. The worker's own.
+// passed over as well: it would take up most of the rate in a busy program, and is not worth merging. 4 bytes a page, in leaves
+// of 4 MiB of address space found through a small hash table. A leaf that finds no room is simply not remembered. The worker's
+// own.
 #ifndef UDD_MARKS_H
 #define UDD_MARKS_H
 

@@ -3,7 +3,7 @@
 import argparse
 
 from udedup.commands.options import add_process_options, add_socket_option
-from udedup.commands.unmerge import resume
+from udedup.commands.unmerge import ask, resume
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +14,4 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Asks the engine and prints how many programs are paused, or may merge again."""
-    if args.resume:
-        return resume(args)
-
-    from udedup.engine.control import request
-
-    print(f"{request(args.socket, {'op': 'pause', 'pid': args.pid})} programs are paused")
-    return 0
+    return resume(args) if args.resume else ask(args, "pause", "programs are paused")

@@ -13,18 +13,17 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Asks the engine and prints how many pages are private again, or how many programs may merge again."""
-    if args.resume:
-        return resume(args)
-
-    from udedup.engine.control import request
-
-    print(f"{request(args.socket, {'op': 'unmerge', 'pid': args.pid})} pages are private again")
-    return 0
+    return resume(args) if args.resume else ask(args, "unmerge", "pages are private again")
 
 
 def resume(args: argparse.Namespace) -> int:
     """Lets the merging go on that ``unmerge`` or ``pause`` stopped."""
+    return ask(args, "merge", "programs may share memory again")
+
+
+def ask(args: argparse.Namespace, op: str, done: str) -> int:
+    """Has the engine do ``op`` to a process, or to all, and prints its answer: how many are ``done``."""
     from udedup.engine.control import request
 
-    print(f"{request(args.socket, {'op': 'merge', 'pid': args.pid})} programs may share memory again")
+    print(f"{request(args.socket, {'op': op, 'pid': args.pid})} {done}")
     return 0

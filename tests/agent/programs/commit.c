@@ -47,7 +47,18 @@ static void move_pieces(char *at, char *place, uint64_t tag)
 	check(intact(moved == MAP_FAILED ? at : moved, PAGES, tag, CUT, 0));
 }
 
-// Lone pages first, then all in order.
+// Merged pages of tag 1: lone ones get tag 2, then all in order 3.
+static void write_lone_then_all(char *at)
+{
+	for (size_t page = 0; page < PAGES; page += 8)
+		write_to(at, page, 2);
+	for (size_t page = 0; page < PAGES; page++)
+		check(page_is(at + page * PAGE, page % 8 ? 1 : 2, page));
+	for (size_t page = 0; page < PAGES; page++)
+		write_to(at, page, 3);
+	check(intact(at, PAGES, 3, WHOLE, 0));
+}
+
 static void writes(void)
 {
 	char *twin;
@@ -56,13 +67,7 @@ static void writes(void)
 	reserve_addresses();
 	set_mode('2');
 	check(nothing_left());
-	for (size_t page = 0; page < PAGES; page += 8)
-		write_to(at, page, 2);
-	for (size_t page = 0; page < PAGES; page++)
-		check(page_is(at + page * PAGE, page % 8 ? 1 : 2, page));
-	for (size_t page = 0; page < PAGES; page++)
-		write_to(at, page, 3);
-	check(intact(at, PAGES, 3, WHOLE, 0));
+	write_lone_then_all(at);
 	check(intact(twin, PAGES, 1, WHOLE, 1));
 	set_mode('0');
 	for (size_t page = 0; page < PAGES; page += 2)
@@ -114,13 +119,7 @@ static void limited(int resource)
 
 	check(setrlimit(resource, &limit) == 0);
 	move_pieces(pieces, place, 7);
-	for (size_t page = 0; page < PAGES; page += 8)
-		write_to(at, page, 2);
-	for (size_t page = 0; page < PAGES; page++)
-		check(page_is(at + page * PAGE, page % 8 ? 1 : 2, page));
-	for (size_t page = 0; page < PAGES; page++)
-		write_to(at, page, 3);
-	check(intact(at, PAGES, 3, WHOLE, 0));
+	write_lone_then_all(at);
 	check(mprotect(twin, PAGES / 2 * PAGE, PROT_READ | PROT_WRITE | PROT_EXEC) == 0);
 	for (int turn = 0; turn < 2; turn++) {
 		check(madvise(twin, PAGE, MADV_DONTNEED) == 0);
